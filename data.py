@@ -1,0 +1,486 @@
+"""What preference data looks like: records, prompts, rows for the model, contrastive images.
+
+    python data.py check prefs.jsonl [--model M]      counts, a rendered prompt, every bad line
+    python data.py contrast ...                       contrastive images for records (see --help)
+
+A record (one JSON object a line in prefs.jsonl; image paths are relative to the file):
+    {"image": "img/1.jpg", "prompt": "...", "chosen": "...", "rejected": "...",
+     "contrast_image": "img/9.jpg", "contrast_chosen": "..."}
+`rejected` is read by dpo, mdpo and symmpo; `contrast_image` by copo, mdpo and symmpo (when absent,
+copo and mdpo draw a crop of the image, once, from a seed); `contrast_chosen` by symmpo.
+Also read, told apart by their fields: the published SymMPO parquet files (image_1, image_2,
+question, resp_1_w, resp_1_l, resp_2_w), RLHF-V / RLAIF-V records (image, question, chosen,
+rejected, or these inside `text`), and TRL conversational records (images, and prompt, chosen,
+rejected as lists of messages).
+
+How this departs from the published code: prompt and response are tokenised separately, special
+tokens that occur inside user text are broken up ("</s>" -> "< /s>"), a record that does not fit is
+refused instead of cut, and mDPO's crop is drawn once per record.
+"""
+import argparse
+import io
+import json
+import random
+import re
+import sys
+from pathlib import Path
+
+TINY = Path(__file__).resolve().parent / "tiny"  # the embedded default: model, records, images
+VICUNA = ("A chat between a curious user and an artificial intelligence assistant. The assistant "
+          "gives helpful, detailed, and polite answers to the user's questions.")
+IMAGES = ("image", "contrast_image")  # the fields behind the table's rows: m, m'
+RESPONSES = ("chosen", "rejected", "contrast_chosen")  # and its columns: y_w, y_l, y'_w
+CROP, CROP_LARGE = (0.01, 0.2), (0.2, 0.5)  # share of the area that a crop keeps (mDPO Table 3)
+MAX_PIXELS = 64_000_000  # a larger image is refused: a decompression bomb, not a photograph
+
+
+class Problem(Exception):
+    """A message for the person who typed the command: what is wrong, where, what to do."""
+
+
+# --- records ---------------------------------------------------------------------------------
+
+
+class Records:
+    """A lazy sequence of normalised records: item i is read from the file when it is asked for.
+
+    Memory: 16 bytes a record. Each item has the fields above, `source` ("file:line") and `root`,
+    the folder its image paths start from. Raises Problem for a file or line that cannot be read.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise Problem(f"{path}: no such file")
+        if self.path.suffix == ".parquet":
+            self._open_parquet()
+        elif self.path.suffix in (".jsonl", ".json"):
+            self.parquet = None
+            self.offsets = _line_offsets(self.path)
+        else:
+            raise Problem(f"{path}: give a .jsonl or .parquet file")
+        if not len(self):
+            raise Problem(f"{path}: the file has no records")
+
+    def _open_parquet(self):
+        try:
+            import pyarrow.parquet
+        except ImportError as e:
+            raise Problem(f"{self.path}: parquet needs pyarrow (pip install pyarrow)") from e
+        try:
+            self.parquet = pyarrow.parquet.ParquetFile(self.path, memory_map=True)
+        except (OSError, ValueError) as e:
+            raise Problem(f"{self.path}: not a readable parquet file ({e})") from e
+        groups = range(self.parquet.num_row_groups)
+        self.sizes = [self.parquet.metadata.row_group(g).num_rows for g in groups]
+        self.group = None  # (number, table) of the row group read last
+
+    def __len__(self):
+        return sum(self.sizes) if self.parquet else len(self.offsets)
+
+    def __getitem__(self, i):
+        if self.parquet:
+            raw, source = self._parquet_row(i), f"{self.path}: row {i + 1}"
+        else:
+            with open(self.path, "rb") as f:
+                f.seek(self.offsets[i][0])
+                line, source = f.readline(), f"{self.path}:{self.offsets[i][1]}"
+            try:
+                raw = json.loads(line)
+            except (ValueError, RecursionError) as e:
+                raise Problem(f"{source}: not valid JSON ({e})") from e
+        return {**normalise(raw, source), "source": source, "root": self.path.parent}
+
+    def _parquet_row(self, i):
+        for number, size in enumerate(self.sizes):
+            if i < size:
+                break
+            i -= size
+        if self.group is None or self.group[0] != number:
+            self.group = number, self.parquet.read_row_group(number)
+        return self.group[1].slice(i, 1).to_pylist()[0]
+
+
+def _line_offsets(path):
+    """[(byte offset, line number)] of the lines that are not blank, as a numpy array."""
+    import numpy as np
+    found, offset = bytearray(), 0
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            if not line.isspace():
+                found += offset.to_bytes(8, "little") + number.to_bytes(8, "little")
+            offset += len(line)
+    return np.frombuffer(bytes(found), dtype="<i8").reshape(-1, 2)
+
+
+def normalise(raw, source):
+    """A raw record of any known shape -> {image, prompt, chosen, ...} with text where text belongs.
+
+    Raises Problem when the shape is unknown or a field has the wrong type.
+    """
+    if not isinstance(raw, dict):
+        raise Problem(f"{source}: a record is a JSON object, this is a {type(raw).__name__}")
+    if "resp_1_w" in raw:  # the published SymMPO columns; resp_2_l is unused there too
+        names = {"image": "image_1", "contrast_image": "image_2", "prompt": "question",
+                 "chosen": "resp_1_w", "rejected": "resp_1_l", "contrast_chosen": "resp_2_w"}
+        record = {ours: raw.get(theirs) for ours, theirs in names.items()}
+    elif "text" in raw and "chosen" not in raw:  # RLHF-V keeps the texts in a JSON string
+        text = raw["text"]
+        try:
+            text = json.loads(text) if isinstance(text, str) else text
+        except ValueError as e:
+            raise Problem(f"{source}: the field text is not valid JSON ({e})") from e
+        return normalise({**{k: v for k, v in raw.items() if k != "text"}, **text}, source)
+    elif isinstance(raw.get("chosen"), list):
+        record = _conversational(raw, source)
+    else:
+        record = {**raw, "prompt": raw.get("prompt", raw.get("question"))}
+    record = {key: record[key] for key in IMAGES + RESPONSES + ("prompt",)
+              if record.get(key) is not None}
+    for field in ("image", "prompt", "chosen"):
+        if field not in record:
+            raise Problem(f"{source}: the field {field} is missing (fields: "
+                          f"{', '.join(list(raw)[:12])}); `python data.py --help` shows a record")
+    for field in ("prompt",) + RESPONSES:
+        text = record.get(field, "-")
+        if not isinstance(text, str) or not text.strip():
+            raise Problem(f"{source}: the field {field} must be non-empty text, not "
+                          f"{'empty' if isinstance(text, str) else type(text).__name__}")
+        if field in record:  # unpaired surrogates survive json.loads but no tokeniser
+            record[field] = text.encode("utf-8", "replace").decode().strip()
+    return record
+
+
+def _conversational(raw, source):
+    """TRL's vision records: lists of messages, and `images` (exactly one) or `image`."""
+    def text(messages):
+        try:
+            content = messages[-1]["content"]
+            if isinstance(content, str):
+                return content
+            return "".join(part["text"] for part in content if part["type"] == "text")
+        except (TypeError, KeyError, IndexError) as e:
+            raise Problem(f"{source}: not a list of messages with role and content") from e
+
+    images = raw.get("images") or [raw.get("image")]
+    prompt = raw.get("prompt") or raw["chosen"][:-1]  # TRL also allows the prompt inside chosen
+    if not isinstance(images, list) or len(images) != 1:
+        raise Problem(f"{source}: {len(images)} images; a record has exactly one")
+    if not isinstance(prompt, list) or len(prompt) != 1:
+        raise Problem(f"{source}: the prompt must be one user turn; longer conversations and "
+                      "system turns are not supported")
+    record = {"image": images[0], "prompt": text(prompt), "chosen": text(raw["chosen"])}
+    if "rejected" in raw:
+        record["rejected"] = text(raw["rejected"])
+    return record
+
+
+def lacks(record, cells):
+    """The fields that an objective's cells read and the record does not have.
+
+    A missing contrast image alone is no lack: a crop is drawn (copo, mdpo). Next to a response
+    written for the contrast image (symmpo) only that image will do.
+    """
+    needed = {RESPONSES[y] for _, y in cells}
+    if "contrast_chosen" in needed:
+        needed.add("contrast_image")
+    return sorted(field for field in needed if field not in record)
+
+
+# --- images ----------------------------------------------------------------------------------
+
+
+def open_image(source, root=None, allow_outside=True):
+    """An RGB PIL image, upright (EXIF), from a path, bytes, or {"bytes": ..., "path": ...}.
+
+    Paths are relative to root; with allow_outside=False they must stay inside it. Palette, CMYK,
+    16-bit and animated (first frame) files are converted; transparency is laid on black.
+    Raises Problem naming the file: missing, not an image, truncated, or above MAX_PIXELS.
+    """
+    from PIL import Image, ImageOps
+    name = "image bytes"
+    if isinstance(source, dict):
+        source = source.get("bytes") or source.get("path")
+    if isinstance(source, str):
+        name = path = Path(root or ".") / source
+        if not allow_outside and not path.resolve().is_relative_to(Path(root or ".").resolve()):
+            raise Problem(f"{path}: outside the data folder {root} (--allow-outside permits it)")
+        if not path.is_file():
+            raise Problem(f"{path}: no such image file")
+    elif isinstance(source, bytes):
+        path = io.BytesIO(source)
+    else:
+        raise Problem(f"an image is a path or bytes, not {type(source).__name__}")
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Problem(f"{name}: {image.width} x {image.height} pixels, more than "
+                              f"{MAX_PIXELS:,}; make it smaller")
+            if image.mode.startswith("I"):  # 16 bits a pixel: scale, since convert() would clip
+                image = image.convert("I").point(lambda v: v / 256).convert("L")
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except Problem:
+        raise
+    except Exception as e:  # PIL raises many kinds of error for the many ways to be broken
+        raise Problem(f"{name}: not a readable image ({type(e).__name__}: {e})") from e
+
+
+def crop(image, rng, keep=CROP):
+    """A random crop that keeps a share of the area drawn from `keep`; same aspect within 4:3."""
+    share, aspect = rng.uniform(*keep), rng.uniform(3 / 4, 4 / 3)
+    w = max(1, min(image.width, round(image.width * (share * aspect) ** 0.5)))
+    h = max(1, min(image.height, round(image.width * image.height * share / w)))
+    x, y = rng.randint(0, image.width - w), rng.randint(0, image.height - h)
+    return image.crop((x, y, x + w, y + h))
+
+
+# --- models, prompts and tokens ----------------------------------------------------------------
+
+
+def load_processor(path):
+    """(config, processor) of a checkpoint folder or hub name; raises Problem when there is none."""
+    from transformers import AutoConfig, AutoProcessor
+    try:
+        config, processor = AutoConfig.from_pretrained(path), AutoProcessor.from_pretrained(path)
+    except (OSError, ValueError, KeyError, ImportError) as e:
+        raise Problem(f"{path}: no vision-language model could be read there: "
+                      f"{str(e).splitlines()[0]}") from e
+    if not hasattr(processor, "tokenizer"):
+        raise Problem(f"{path}: this is a text model, its processor takes no images")
+    # Processors saved years ago lack what decides the number of image tokens (575 against 576).
+    if getattr(processor, "patch_size", 0) is None:
+        processor.patch_size = config.vision_config.patch_size
+    if getattr(processor, "vision_feature_select_strategy", "") is None:
+        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+        processor.num_additional_image_tokens = 1  # CLIP's class token
+    return config, processor
+
+
+def load_model(path, device="cpu", dtype=None, adapter=None):
+    """(model, processor), in eval mode with sdpa attention; dtype by default bf16 on CUDA, else
+    fp32; adapter: a PEFT folder. Raises Problem when either cannot be read or they do not fit."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+    _, processor = load_processor(path)
+    dtype = dtype or (torch.bfloat16 if str(device).startswith("cuda") else torch.float32)
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=dtype, attn_implementation="sdpa").to(device).eval()
+        if adapter:
+            from peft import PeftModel
+            model = PeftModel.from_pretrained(model, adapter).eval()
+    except (OSError, ValueError, RuntimeError) as e:
+        raise Problem(f"{adapter or path}: cannot be loaded: {str(e).splitlines()[0]}") from e
+    return model, processor
+
+
+def prompt_format(model, requested="auto"):
+    """"vicuna" or "chat" (the processor's own template). auto: LLaVA-1.5, that is llava over a
+    llama, was trained with the Vicuna sentence, which its published chat template lacks."""
+    config = getattr(model, "config", model)
+    text = getattr(config, "text_config", None)
+    if requested != "auto":
+        return requested
+    llava15 = config.model_type == "llava" and getattr(text, "model_type", "") == "llama"
+    return "vicuna" if llava15 else "chat"
+
+
+def render(processor, fmt, prompt, image=True):
+    """The prompt as text with the image placeholder, from BOS to where the response begins."""
+    tokenizer, prompt = processor.tokenizer, plain_text(processor, prompt)
+    if fmt == "vicuna":
+        place = processor.image_token + "\n" if image else ""
+        text = f"{VICUNA} USER: {place}{prompt} ASSISTANT:"
+    else:
+        content = [{"type": "image"}] * image + [{"type": "text", "text": prompt}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}],
+                                             add_generation_prompt=True, tokenize=False)
+    bos = tokenizer.bos_token
+    wants_bos = bos and (fmt == "vicuna" or tokenizer("a").input_ids[0] == tokenizer.bos_token_id)
+    if wants_bos:
+        text = bos + text.removeprefix(bos)  # exactly one
+    return text
+
+
+def plain_text(processor, text):
+    """User text in which no special token can act as one: "</s>" becomes "< /s>".
+
+    An "<image>" alone on the first or last line is what LLaVA-style records write where the image
+    belongs; it is removed, since the prompt format puts the image in its place.
+    """
+    text = re.sub(r"^\s*<image>\s*\n|\n\s*<image>\s*$", "", text)
+    tokenizer = processor.tokenizer
+    special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab(), "<image>"}
+    for token in sorted(special, key=len, reverse=True):
+        if len(token.strip()) > 1 and token in text:
+            text = text.replace(token, f"{token[0]} {token[1:]}")
+    return text
+
+
+def encode_prompts(processor, fmt, prompts, images=None):
+    """Tensors of a left-padded batch of prompts (input_ids, attention_mask, pixel_values, ...).
+
+    images: one PIL image a prompt, or None for text alone. The text is tokenised without adding
+    special tokens, since `render` has put the one BOS there.
+    """
+    texts = [render(processor, fmt, prompt, image=images is not None) for prompt in prompts]
+    if images is not None:
+        return dict(processor(text=texts, images=[[image] for image in images], padding=True,
+                              padding_side="left", add_special_tokens=False, return_tensors="pt"))
+    return dict(processor.tokenizer(texts, padding=True, padding_side="left",
+                                    add_special_tokens=False, return_tensors="pt"))
+
+
+def response_frame(processor, fmt):
+    """(separator, end token id): what stands between prompt and response, and what ends it.
+
+    For a chat template both are read off a rendered conversation, because some templates end a
+    turn with another token than eos (<|im_end|>, <end_of_turn>) and some with none at all.
+    """
+    tokenizer, separator, end = processor.tokenizer, " ", tokenizer.eos_token_id
+    if fmt == "chat":
+        turn = [{"role": "user", "content": [{"type": "text", "text": "Q"}]}]
+        answer = [{"role": "assistant", "content": [{"type": "text", "text": "RESPONSE"}]}]
+        start = processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        whole = processor.apply_chat_template(turn + answer, tokenize=False)
+        rest = whole[len(start):] if whole.startswith(start) else "RESPONSE"
+        separator, tail = rest.split("RESPONSE", 1)
+        marks = [i for i in tokenizer(tail, add_special_tokens=False).input_ids
+                 if i in tokenizer.all_special_ids]
+        end = marks[0] if marks else end
+    first = tokenizer.tokenize("a")[0]
+    if first.startswith("▁"):  # SentencePiece writes the space before the first word by itself
+        separator = separator.removesuffix(" ")
+    return separator, end
+
+
+def end_token_id(processor, fmt):
+    """The token that ends a response in this format."""
+    return response_frame(processor, fmt)[1]
+
+
+def encode_response(processor, fmt, text):
+    """Token ids of a response, tokenised by itself, with the one end token that is trained on."""
+    separator, end = response_frame(processor, fmt)
+    text = separator + plain_text(processor, text)
+    return processor.tokenizer(text, add_special_tokens=False).input_ids + [end]
+
+
+# --- rows: what the model sees (symmpo.py explains their form) ----------------------------------
+
+
+def build_rows(record, processor, fmt, cells, number=0, seed=0, max_length=2048, no_image=False,
+               allow_outside=True):
+    """A record as rows for symmpo.logp_table: one per image among `cells`, responses behind it.
+
+    number: the record's place in the batch; seed decides the crop that stands in for a missing
+    contrast image. Raises Problem naming the record: a missing field, a bad image, or a sequence
+    longer than max_length tokens (nothing is ever cut).
+    """
+    import torch
+    source, missing = record["source"], lacks(record, cells)
+    if missing:
+        raise Problem(f"{source}: the objective needs the field {', '.join(missing)}")
+    rows = []
+    for i in sorted({i for i, _ in cells}):
+        images = None
+        if not no_image:
+            try:
+                field = IMAGES[i] if IMAGES[i] in record else "image"
+                image = open_image(record[field], record["root"], allow_outside)
+            except Problem as e:
+                raise Problem(f"{source}: {e}") from e
+            if field != IMAGES[i]:
+                image = crop(image, random.Random(f"{seed} {source.rpartition(':')[2]}"))
+            images = [image]
+        inputs = encode_prompts(processor, fmt, [record["prompt"]], images)
+        wanted = [y for image, y in cells if image == i]
+        responses = [encode_response(processor, fmt, record[RESPONSES[y]]) for y in wanted]
+        length = inputs["input_ids"].shape[1] + max(map(len, responses))
+        if length > max_length:
+            raise Problem(f"{source}: {length} tokens with its longest response, --max-length is "
+                          f"{max_length}; raise it, or leave the record out with --skip-bad")
+        rows.append({"inputs": inputs, "responses": [torch.tensor(r) for r in responses],
+                     "cells": [(number, i, y) for y in wanted]})
+    return rows
+
+
+# --- command line --------------------------------------------------------------------------------
+
+
+def check(args):
+    """`python data.py check`: every bad line with its reason; returns how many there are."""
+    from symmpo import OBJECTIVES  # imports torch: a second or so
+    from tqdm import tqdm
+    records, bad, sizes, counts = Records(args.data), 0, [], dict.fromkeys(OBJECTIVES, 0)
+    config, processor = load_processor(args.model) if args.model else (None, None)
+    fmt, lengths, shown = config and prompt_format(config, args.prompt_format), [], None
+    for i in tqdm(range(len(records)), desc="checking", unit=" records", disable=None):
+        try:
+            record = records[i]
+            for field in IMAGES:
+                if field in record:
+                    try:
+                        sizes.append(open_image(record[field], records.path.parent,
+                                                args.allow_outside).size)
+                    except Problem as e:
+                        raise Problem(f"{record['source']}: {e}") from e
+            usable = [name for name in OBJECTIVES if not lacks(record, OBJECTIVES[name][0])]
+            if processor:
+                cells = OBJECTIVES[usable[-1] if "symmpo" not in usable else "symmpo"][0]
+                rows = build_rows(record, processor, fmt, cells, max_length=args.max_length)
+                shown = shown or rows[0]
+                lengths += [row["inputs"]["input_ids"].shape[1] + max(map(len, row["responses"]))
+                            for row in rows]
+            for name in usable:
+                counts[name] += 1
+        except Problem as e:
+            bad += 1
+            tqdm.write(f"bad: {e}")
+    print(f"{len(records):,} records, {bad:,} bad")
+    print("usable by   " + "  ".join(f"{name} {count:,}" for name, count in counts.items()))
+    for name, values in [("width px ", [w for w, _ in sizes]), ("height px", [h for _, h in sizes]),
+                         ("tokens   ", lengths)]:
+        if values:
+            values = sorted(values)
+            print(f"{name}   min {values[0]}  median {values[len(values) // 2]}  max {values[-1]}")
+    if shown:
+        print(describe(processor, fmt, shown))
+    return bad
+
+
+def describe(processor, fmt, row):
+    """One rendered row for a person to read: the prompt's text and the decoded labels."""
+    decode = processor.tokenizer.decode
+    ids = row["inputs"]["input_ids"][0].tolist()
+    image = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    text = [i for k, i in enumerate(ids) if not (k and i == image == ids[k - 1])]
+    lines = [f"prompt ({fmt}, {len(ids)} tokens, {ids.count(image)} of them image, shown as one):",
+             "  " + repr(decode(text))]
+    for response in row["responses"]:
+        lines.append(f"label ({len(response)} tokens): {decode(response)!r}")
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    p = commands.add_parser("check", help="count, show and find every bad record")
+    p.add_argument("data", help="prefs.jsonl or a parquet file")
+    p.add_argument("--model", help="also render and tokenise for this model (folder or hub name)")
+    p.add_argument("--prompt-format", choices=("auto", "vicuna", "chat"), default="auto")
+    p.add_argument("--max-length", type=int, default=2048, help="tokens (default 2048)")
+    p.add_argument("--allow-outside", action="store_true",
+                   help="permit image paths that leave the data file's folder")
+    p.set_defaults(run=check)
+    args = parser.parse_args(argv)
+    try:
+        sys.exit(1 if args.run(args) else 0)
+    except Problem as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
