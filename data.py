@@ -337,7 +337,8 @@ def response_frame(processor, fmt):
     For a chat template both are read off a rendered conversation, because some templates end a
     turn with another token than eos (<|im_end|>, <end_of_turn>) and some with none at all.
     """
-    tokenizer, separator, end = processor.tokenizer, " ", tokenizer.eos_token_id
+    tokenizer = processor.tokenizer
+    separator, end = " ", tokenizer.eos_token_id
     if fmt == "chat":
         turn = [{"role": "user", "content": [{"type": "text", "text": "Q"}]}]
         answer = [{"role": "assistant", "content": [{"type": "text", "text": "RESPONSE"}]}]

@@ -1,0 +1,84 @@
+"""What tests share: small real checkpoints on disk, and preference records with real images."""
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FIXTURES = Path(__file__).resolve().parent / "fixtures"
+sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def save_llava15(folder, image_size=336, width=32, seed=0, **more):
+    """A checkpoint with LLaVA-1.5's configuration (CLIP ViT patch 14, feature layer -2, a real
+    Llama tokenizer with <image> and <pad> added) but small random weights; returns its folder."""
+    import torch
+    import transformers as tf
+    tokenizer = tf.LlamaTokenizer.from_pretrained(FIXTURES / "llama_tokenizer")
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.image_token = "<image>"
+    images = tf.CLIPImageProcessorPil(size={"shortest_edge": image_size},
+                                      crop_size={"height": image_size, "width": image_size})
+    processor = tf.LlavaProcessor(images, tokenizer, patch_size=14, image_token="<image>",
+                                  vision_feature_select_strategy="default",
+                                  num_additional_image_tokens=1)
+    vision = tf.CLIPVisionConfig(hidden_size=24, intermediate_size=32, num_hidden_layers=3,
+                                 num_attention_heads=4, image_size=image_size, patch_size=14)
+    text = tf.LlamaConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=64,
+                          num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2,
+                          **more)
+    torch.manual_seed(seed)
+    model = tf.LlavaForConditionalGeneration(tf.LlavaConfig(
+        vision_config=vision, text_config=text,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>")))
+    model.generation_config = tf.GenerationConfig(
+        bos_token_id=1, eos_token_id=2, pad_token_id=tokenizer.pad_token_id)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llava(tmp_path_factory):
+    """Folder of a small LLaVA with 16 image tokens (56 px)."""
+    return save_llava15(tmp_path_factory.mktemp("llava"), image_size=56)
+
+
+@pytest.fixture(scope="session")
+def llava15(tmp_path_factory):
+    """Folder of a LLaVA with the real 336 px and 576 image tokens."""
+    return save_llava15(tmp_path_factory.mktemp("llava15"))
+
+
+@pytest.fixture(scope="session")
+def prefs(tmp_path_factory):
+    """Path of a prefs.jsonl with twelve complete records and their images."""
+    return write_prefs(tmp_path_factory.mktemp("prefs"))
+
+
+def write_prefs(folder, n=12):
+    import numpy as np
+    from PIL import Image
+    rng = np.random.default_rng(0)
+    words = "red blue cup pot dog cat sky tree on under near the a small large".split()
+    lines = []
+    for i in range(n):
+        for name in ("m", "c"):
+            pixels = rng.integers(0, 256, (60 + i, 80, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{name}{i}.png")
+
+        def text(k):
+            return " ".join(rng.choice(words, k)) + "."
+
+        lines.append({"image": f"m{i}.png", "contrast_image": f"c{i}.png", "prompt": text(4)[:-1] +
+                      "?", "chosen": text(3 + i % 4), "rejected": text(2 + i % 5),
+                      "contrast_chosen": text(4 + i % 3)})
+    path = folder / "prefs.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path

@@ -1,0 +1,609 @@
+"""Train a vision-language model with SymMPO or a baseline: LoRA, frozen reference, one loop.
+
+    python train.py                                                   the bundled tiny world
+    python train.py --model llava-hf/llava-1.5-7b-hf --data prefs.jsonl        your own data
+    torchrun --nproc_per_node=2 train.py --model M --data prefs.jsonl          more processes
+
+How this departs from the paper and from the code published with it:
+- LoRA instead of tuning the whole language model (the paper's main run); the published LoRA
+  script uses dropout 0.05 and a rate of 5e-7, here dropout is 0 (dropout in the policy and not in
+  the reference is noise in every log-ratio) and the rate is the paper's 5e-6.
+- The reference is the same weights with the adapter off; its log-probs are computed once per
+  response and kept on disk under a hash of what the model saw.
+- Responses share their prefix and image (symmpo.packed_logps); --no-share-prefix is the plain way.
+- Records that do not fit --max-length are refused, not cut.
+"""
+import argparse
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import sqlite3
+import sys
+import time
+from collections import Counter
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import data
+from data import TINY, Problem
+
+PACKABLE = ("llava", "llava_next", "llava_onevision", "idefics3", "smolvlm", "internvl")
+
+# One knob a line: flag, type or choices, default (the paper's unless the text says so), help.
+OPTIONS = {
+    "what": [
+        ("model", str, None, "model folder or hub name; without it the bundled tiny world is used"),
+        ("data", str, None, "prefs.jsonl or parquet file (`python data.py --help` has its form)"),
+        ("objective", ("dpo", "copo", "mdpo", "symmpo", "sft"), "symmpo", "the loss"),
+        ("out", str, None, "folder for this run (default runs/OBJECTIVE-DATE-TIME)"),
+        ("no-image", bool, False, "dpo, sft: remove the image from every prompt (mDPO Fig. 1)"),
+    ],
+    "loop": [
+        ("epochs", float, 2.0, "passes over the data"),
+        ("steps", int, 0, "optimiser steps; 0: as many as --epochs needs"),
+        ("batch-size", int, 64, "records per optimiser step, over all processes"),
+        ("micro-batch", int, 1, "records per forward and backward pass; memory grows with it"),
+        ("lr", float, 5e-6, "peak learning rate; cosine decay to 0"),
+        ("warmup", float, 0.05, "share of the steps with a linearly rising rate"),
+        ("weight-decay", float, 0.01, "AdamW's decoupled decay of the adapter weights"),
+        ("clip", float, 1.0, "largest norm of the gradient"),
+        ("seed", int, 0, "of data order, adapter initialisation and crops"),
+    ],
+    "loss (defaults go by objective)": [
+        ("beta", float, None, "scale of the log-ratios, 1/nats (0.1)"),
+        ("lam", float, None, "weight of Pair (symmpo 0.5) or of CoPO (mdpo 1)"),
+        ("gamma", float, None, "weight of Margin (symmpo 1e-4)"),
+        ("eta", float, None, "weight of the anchors (symmpo and mdpo 1, others 0)"),
+        ("delta", float, None, "threshold that anchors hold beta * rho above (0)"),
+        ("anchors", str, None, "comma-separated cells among yw, yl, ml, yw' (mDPO Table 4)"),
+    ],
+    "model": [
+        ("lora-r", int, 128, "rank of the adapters"),
+        ("lora-alpha", int, 256, "the adapters' output is scaled by alpha / r"),
+        ("lora-dropout", float, 0.0, "0 since the reference has none (published script: 0.05)"),
+        ("max-length", int, 2048, "tokens of image, prompt and longest response"),
+        ("prompt-format", ("auto", "vicuna", "chat"), "auto",
+         "chat: the processor's template; auto: vicuna for LLaVA-1.5, else chat"),
+        ("dtype", ("auto", "bfloat16", "float32"), "auto",
+         "of the frozen weights (adapters are fp32); auto: bfloat16 on CUDA, float32 elsewhere"),
+        ("device", str, "auto", "cuda or cpu; auto: CUDA when there is one"),
+        ("grad-checkpointing", bool, False, "recompute activations: less memory, a third slower"),
+        ("no-share-prefix", bool, False, "plain padded sequences, for models that cannot pack"),
+    ],
+    "run": [
+        ("eval-data", str, None, "held-out records: loss, accuracy and samples while training"),
+        ("sample-every", int, 50, "steps between held-out evaluations"),
+        ("save-every", int, 50, "steps between checkpoints; the last step is always saved"),
+        ("resume", bool, False, "go on with the run in --out from its last checkpoint"),
+        ("skip-bad", bool, False, "leave unusable records out and list them at the end"),
+        ("allow-outside", bool, False, "permit image paths that leave the data file's folder"),
+        ("cache", str, "~/.cache/symmpo", "folder of the reference's log-probs"),
+        ("workers", int, 0, "processes that read images ahead of the step"),
+        ("tensorboard", bool, False, "also write TensorBoard events, if it is installed"),
+    ],
+}
+TINY_PRESET = {"model": str(TINY / "model"), "data": str(TINY / "prefs.jsonl"),
+               "eval_data": str(TINY / "val.jsonl"), "steps": 100, "batch_size": 16,
+               "lr": 5e-4, "lora_r": 16, "lora_alpha": 32, "warmup": 0.1}
+MAY_CHANGE = ("resume", "out", "save_every", "sample_every", "workers", "tensorboard", "cache",
+              "tiny", "micro_batch")  # what a resumed run may set anew
+
+
+def parse_args(argv=None):
+    """The command line as a namespace; without --model the tiny preset fills what is not given."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for header, rows in OPTIONS.items():
+        group = parser.add_argument_group(header)
+        for name, kind, default, text in rows:
+            tiny = TINY_PRESET.get(name.replace("-", "_"))
+            text += f" (default {default})" if default not in (None, False) else ""
+            text += f" (tiny world: {tiny})" if default and tiny else ""
+            how = ({"action": "store_true"} if kind is bool else {"type": kind} if callable(kind)
+                   else {"choices": kind})
+            group.add_argument("--" + name, default=None, help=text.replace("%", "%%"), **how)
+    args = parser.parse_args(argv)
+    args.tiny = not args.model and not args.data
+    preset = {} if args.model else TINY_PRESET
+    for name, _, default, _ in sum(OPTIONS.values(), []):
+        key = name.replace("-", "_")
+        if getattr(args, key) is None:
+            setattr(args, key, preset.get(key, default))
+    for key in ("epochs", "batch_size", "micro_batch", "lr", "lora_r", "max_length",
+                "sample_every", "save_every"):
+        if getattr(args, key) <= 0:
+            raise Problem(f"--{key.replace('_', '-')} must be above 0")
+    if args.data is None:
+        raise Problem("--data is missing: the preference records to train on")
+    if args.resume and not args.out:
+        raise Problem("--resume needs --out, the folder of the run to go on with")
+    if args.no_image and args.objective not in ("dpo", "sft"):
+        raise Problem("--no-image goes with --objective dpo or sft: the others contrast images")
+    args.out = Path(args.out or f"runs/{args.objective}-{time.strftime('%Y%m%d-%H%M%S')}")
+    return args
+
+
+def loss_weights(args):
+    """The objective's default weights, each overridden by its flag."""
+    from symmpo import ANCHORS, OBJECTIVES
+    w = dict(OBJECTIVES[args.objective][1])
+    for key in w:
+        if getattr(args, key) is not None:
+            w[key] = getattr(args, key)
+    w["anchors"] = w["anchors"].split(",") if isinstance(w["anchors"], str) else list(w["anchors"])
+    if not set(w["anchors"]) <= set(ANCHORS):
+        raise Problem(f"--anchors {','.join(w['anchors'])}: known cells are {', '.join(ANCHORS)}")
+    return w
+
+
+# --- policy and reference ------------------------------------------------------------------------
+
+
+def prepare(args):
+    """Load and check everything that the loop needs; raises Problem before any step is paid for."""
+    import torch
+    from symmpo import OBJECTIVES
+    torch.manual_seed(args.seed)
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.dtype == "auto":
+        args.dtype = "bfloat16" if args.device.startswith("cuda") else "float32"
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    run = SimpleNamespace(args=args, w=loss_weights(args), cells=OBJECTIVES[args.objective][0])
+    run.records = data.Records(args.data)
+    run.held_out = data.Records(args.eval_data) if args.eval_data else []
+    args.steps = args.steps or math.ceil(math.ceil(len(run.records) / args.batch_size) * args.epochs)
+    model, run.processor = data.load_model(args.model, args.device, getattr(torch, args.dtype))
+    if not args.no_share_prefix and model.config.model_type not in PACKABLE:
+        raise Problem(f"{args.model}: sharing the prefix is not exact for {model.config.model_type}"
+                      " models (their attention or positions); add --no-share-prefix")
+    run.fmt = data.prompt_format(model, args.prompt_format)
+    run.base = fingerprint(model)
+    run.policy = add_adapter(model.requires_grad_(False), args)
+    run.cache = open_cache(args.cache, f"{run.base}-{args.dtype}-{args.device.split(':')[0]}")
+    return run
+
+
+def add_adapter(model, args):
+    """LoRA on every linear layer of the language model, by full path, and on nothing else:
+    suffixes alone (q_proj) would also match the vision tower."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from symmpo import language_model
+    decoder = language_model(model)
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    leaves = sorted({name.rpartition(".")[2] for name, module in decoder.named_modules()
+                     if isinstance(module, torch.nn.Linear)})
+    policy = get_peft_model(model, LoraConfig(
+        r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
+        target_modules=rf"{prefix}\..*\.({'|'.join(leaves)})", task_type="CAUSAL_LM"))
+    trained = [name for name, p in policy.named_parameters() if p.requires_grad]
+    assert trained and all(f"{prefix}." in name for name in trained), "adapters in a wrong place"
+    if args.grad_checkpointing:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+    return policy.train()  # checkpointing is off in eval mode; dropout is 0 unless asked for
+
+
+def fingerprint(model):
+    """Hash of the frozen weights, from 4,096 values of each tensor."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, p in sorted(model.named_parameters()):
+        sample = p.detach().flatten()[::max(1, p.numel() // 4096)].float().cpu()
+        digest.update(f"{name} {tuple(p.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def row_keys(row):
+    """One hash per response: of the prompt's tokens, the pixels and the response's tokens.
+
+    What the model sees is the key, so template, tokenizer, image processing and data are in it.
+    """
+    seen = hashlib.blake2b(digest_size=16)
+    for key, value in sorted(row["inputs"].items()):
+        seen.update(f"{key} {tuple(value.shape)}".encode() + value.numpy().tobytes())
+    keys = []
+    for response in row["responses"]:
+        both = seen.copy()
+        both.update(response.numpy().tobytes())
+        keys.append(both.hexdigest())
+    return keys
+
+
+def open_cache(folder, name):
+    """The reference's log-probs on disk, {key: nats}, one file per model, dtype and device kind."""
+    folder = Path(folder).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    cache = sqlite3.connect(folder / f"{name}.sqlite", timeout=60)
+    cache.execute("CREATE TABLE IF NOT EXISTS logps (key TEXT PRIMARY KEY, value REAL)")
+    return cache
+
+
+def policy_table(run, rows, records):
+    """(records, 2, 3) log-probs of whatever the adapter makes of the model now, on the CPU."""
+    import torch
+    from symmpo import logp_table
+    cuda = run.args.device.startswith("cuda")
+    precision = torch.autocast("cuda", torch.bfloat16) if run.args.dtype == "bfloat16" and cuda \
+        else nullcontext()
+    with precision:
+        return logp_table(run.policy, rows, records, not run.args.no_share_prefix,
+                          tokens_per_forward=2048 if cuda else 0)
+
+
+def reference_table(run, rows, records, fresh=False):
+    """The same of the frozen reference, adapter off: from the cache, computed where it is new.
+
+    fresh: compute everything and raise Problem where the cache says something else.
+    """
+    import torch
+    known = dict(run.cache.execute(  # keys are hex digests
+        f"SELECT key, value FROM logps WHERE key IN {str(tuple(sum((r['keys'] for r in rows), [])))}"
+        .replace(",)", ")")))
+    table = torch.full((records, 2, 3), math.nan, device=run.args.device)
+    todo = rows if fresh else [row for row in rows if not set(row["keys"]) <= set(known)]
+    if todo:
+        with torch.no_grad(), run.policy.disable_adapter():
+            table = policy_table(run, todo, records)
+    with run.cache:  # one transaction
+        for key, cell in ((k, c) for row in rows for k, c in zip(row["keys"], row["cells"])):
+            if key not in known:
+                run.cache.execute("INSERT OR IGNORE INTO logps VALUES (?, ?)",
+                                  (key, table[cell].item()))
+            elif fresh and abs(table[cell] - known[key]) > 0.5 + 0.02 * abs(known[key]):
+                raise Problem(f"the reference cache in {run.args.cache} holds {known[key]:.3f} nats"
+                              f" for a response, it is {table[cell]:.3f}: delete that folder")
+            else:
+                table[cell] = known[key]
+    return table
+
+
+def verify_start(run, policy, reference, loss):
+    """Step 0: the adapter is zero, so rho must be 0 and the loss its closed form; else Problem."""
+    from symmpo import loss_at_start
+    rho = (policy - reference).detach()
+    worst, size = rho[~rho.isnan()].abs().max().item(), policy[~policy.isnan()].abs().max().item()
+    tolerance = (1e-5 if run.args.dtype == "float32" else 1e-2) * size + 1e-3
+    if not worst <= tolerance:
+        raise Problem(f"policy and reference differ by {worst:.3g} nats before the first step; they"
+                      " are the same weights. Dropout, another dtype or another template does this")
+    expected = loss_at_start(run.args.objective, run.w)
+    if expected is not None and abs(loss - expected) > 1e-3 + tolerance:
+        raise Problem(f"the loss before the first step is {loss:.5f}, its closed form {expected:.5f}")
+    print(f"step 0      rho = 0 within {worst:.1g} nats; loss {loss:.6f}, closed form "
+          + (f"{expected:.6f}" if expected is not None else "none"))
+
+
+# --- batches -------------------------------------------------------------------------------------
+
+
+class RowData:
+    """Record number -> (number, its rows or the Problem it has), for the DataLoader's workers."""
+
+    def __init__(self, run, records):
+        args, self.records = run.args, records
+        self.how = dict(processor=run.processor, fmt=run.fmt, cells=run.cells, seed=args.seed,
+                        max_length=args.max_length, no_image=args.no_image,
+                        allow_outside=args.allow_outside)
+
+    def __getitem__(self, i):
+        try:
+            rows = data.build_rows(self.records[i], **self.how)
+            return i, [{**row, "keys": row_keys(row)} for row in rows]
+        except Problem as e:
+            return i, e
+
+
+def batch_of(step, n, args):
+    """Record numbers of one optimiser step: a new seeded order each epoch, its last batch short."""
+    import torch
+    epoch, place = divmod(step, math.ceil(n / args.batch_size))
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(args.seed * 1000 + epoch))
+    return order[place * args.batch_size:(place + 1) * args.batch_size].tolist()
+
+
+def micro_batches(start, n, args, rank=0, world=1):
+    """This process's record numbers from step `start` on, a list per forward pass."""
+    for step in range(start, args.steps):
+        mine = batch_of(step, n, args)[rank::world]
+        yield from (mine[k:k + args.micro_batch] for k in range(0, len(mine), args.micro_batch))
+
+
+def merge(items, args, skipped):
+    """Rows of a micro-batch, numbered by their record's place in it: (rows, record numbers)."""
+    rows, used = [], []
+    for number, item in items:
+        if isinstance(item, Problem):
+            if not args.skip_bad:
+                raise Problem(f"{item}\n--skip-bad goes on without such records; "
+                              f"`python data.py check {args.data}` lists them all")
+            skipped[number] = str(item)
+            continue
+        rows += [{**row, "cells": [(len(used), i, y) for _, i, y in row["cells"]]} for row in item]
+        used.append(number)
+    return rows, used
+
+
+# --- checkpoints and logs ------------------------------------------------------------------------
+
+
+def claim_folder(args):
+    """Lock the run's folder; returns the checkpoint to go on from, or None for a new run.
+
+    Raises Problem when the folder holds a run (and --resume is not given) or is in use.
+    """
+    args.out.mkdir(parents=True, exist_ok=True)
+    args.lock = open(args.out / ".lock", "w")  # held until the process ends
+    try:
+        fcntl.flock(args.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        raise Problem(f"{args.out}: another process is writing into this folder") from e
+    found = sorted(args.out.glob("checkpoint-*[0-9]"), key=lambda p: int(p.name.split("-")[1]))
+    if not args.resume and (found or (args.out / "metrics.jsonl").exists()):
+        raise Problem(f"{args.out}: holds another run; choose another --out, or --resume it")
+    return found[-1] if found else None
+
+
+def identity(run):
+    """What makes a run this run: every option that shapes its numbers, and the base weights."""
+    options = {k: v for k, v in vars(run.args).items() if k not in MAY_CHANGE + ("lock",)}
+    return {**options, **run.w, "base": run.base, "format": run.fmt, "records": len(run.records)}
+
+
+def save_checkpoint(run, step, optimizer):
+    """checkpoint-STEP: adapter in PEFT's format, optimiser, random state, options. It is written
+    under another name, flushed and renamed; older checkpoints go only after that."""
+    import torch
+    final = run.args.out / f"checkpoint-{step}"
+    temporary = run.args.out / "unfinished"
+    shutil.rmtree(temporary, ignore_errors=True)
+    run.policy.save_pretrained(temporary)
+    rng = [torch.get_rng_state()] + torch.cuda.get_rng_state_all() * torch.cuda.is_available()
+    torch.save({"optimizer": optimizer.state_dict(), "rng": rng}, temporary / "state.pt")
+    (temporary / "run.json").write_text(json.dumps(identity(run), indent=1))
+    for path in [*temporary.iterdir(), temporary]:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+    temporary.rename(final)
+    for old in run.args.out.glob("checkpoint-*[0-9]"):
+        if old != final:
+            shutil.rmtree(old)
+
+
+def load_checkpoint(run, folder, optimizer):
+    """Put adapter, optimiser and random state back and return the step to go on with; lines of
+    metrics.jsonl from after the checkpoint are dropped. Raises Problem for another run's folder."""
+    import torch
+    from peft import load_peft_weights, set_peft_model_state_dict
+    old, new = json.loads((folder / "run.json").read_text()), json.loads(json.dumps(identity(run)))
+    changed = [f"{k} was {old.get(k)!r}, is {v!r}" for k, v in new.items() if old.get(k) != v]
+    if changed:
+        raise Problem(f"{folder}: cannot resume, this is another run: {'; '.join(changed)}")
+    set_peft_model_state_dict(run.policy, load_peft_weights(folder, device="cpu"))
+    state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"][0])
+    if len(state["rng"]) > 1:
+        torch.cuda.set_rng_state_all(state["rng"][1:])
+    step = int(folder.name.split("-")[1])
+    kept = [line for line in read_metrics(run.args.out) if line["step"] <= step]
+    (run.args.out / "metrics.jsonl").write_text("".join(json.dumps(k) + "\n" for k in kept))
+    return step
+
+
+def read_metrics(out):
+    """The whole lines of metrics.jsonl; a crash may have torn the last one."""
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("}\n")]
+
+
+def plot_curves(out):
+    """curves.png: loss, preference accuracy, margins and chosen log-prob over the steps."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    panels = {"loss (nats)": ["loss", "eval/loss"], "log p(chosen) (nats)": [
+        "logps/chosen", "eval/logps/chosen"], "preference accuracy": [
+        "rewards/accuracies", "pair/accuracy_m", "eval/rewards/accuracies"],
+        "margin (nats)": ["rewards/margins", "pair/margin_m", "pair/margin_m_contrast"]}
+    rows = read_metrics(out)
+    figure, axes = plt.subplots(1, 4, figsize=(16, 3.6), layout="constrained")
+    for axis, (title, names) in zip(axes, panels.items()):
+        for name in names:
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            if points:
+                axis.plot(*zip(*points), "o--" if "eval" in name else "-", ms=4, label=name)
+        axis.set(title=title, xlabel="optimiser step")
+        axis.legend(fontsize=8)
+    figure.savefig(out / "curves.png", dpi=110)
+    plt.close(figure)
+
+
+# --- the run -------------------------------------------------------------------------------------
+
+
+def print_facts(run, rows):
+    """What this run is, before it starts: every number printed is the one that is used."""
+    args = run.args
+    count = {n: sum(p.numel() for p in run.policy.parameters() if p.requires_grad or not n)
+             for n in (0, 1)}
+    where = {name.split(".layers.")[0] for name, p in run.policy.named_parameters()
+             if p.requires_grad}
+    print(f"model       {args.model}, {count[0]:,} parameters, {args.dtype} on {args.device}\n"
+          f"trained     {count[1]:,} parameters in {', '.join(where)}; LoRA rank {args.lora_r}, "
+          f"alpha {args.lora_alpha}, dropout {args.lora_dropout:g}\n"
+          f"data        {args.data}, {len(run.records):,} records\n"
+          f"objective   {args.objective}, {', '.join(f'{k} {v}' for k, v in run.w.items())}\n"
+          f"steps       {args.steps} of {args.batch_size} records in micro-batches of "
+          f"{args.micro_batch}, {args.steps * args.batch_size / len(run.records):.2f} epochs, "
+          f"lr {args.lr:g}, warm-up {args.warmup:g}, seed {args.seed}\n"
+          f"output      {args.out}\n{data.describe(run.processor, run.fmt, rows[0])}")
+
+
+def compute(run, rows, records, fresh=False):
+    """Loss terms {name: (records,)} and the two tables they come from."""
+    from symmpo import loss_terms
+    reference = reference_table(run, rows, records, fresh)
+    policy = policy_table(run, rows, records)
+    return loss_terms(run.args.objective, policy, reference, run.w), policy, reference
+
+
+def held_out(run, step):
+    """Held-out loss and metrics {eval/name: mean}; two greedy samples go to samples.jsonl."""
+    import torch
+    from evaluate import generate_batch
+    from symmpo import metrics
+    sums, seen = Counter(), RowData(run, run.held_out)
+    run.policy.eval()
+    with torch.no_grad():
+        for i in range(len(run.held_out)):
+            rows, used = merge([seen[i]], run.args, {})
+            if used:
+                terms, policy, reference = compute(run, rows, 1)
+                found = metrics(policy, reference, run.w["beta"])
+                sums.update({"loss": sum(terms.values()).item(), "n": 1,
+                             **{k: v.item() for k, v in found.items()}})
+        records = [run.held_out[i] for i in range(min(2, len(run.held_out)))]
+        images = [data.open_image(r["image"], r["root"]) for r in records]
+        samples = generate_batch(run.policy, run.processor, run.fmt,
+                                 [r["prompt"] for r in records], images, max_new_tokens=128)
+    run.policy.train()
+    with open(run.args.out / "samples.jsonl", "a") as f:
+        for record, sample in zip(records, samples):
+            f.write(json.dumps({"step": step, "prompt": record["prompt"], "sample": sample,
+                                "chosen": record["chosen"]}, ensure_ascii=False) + "\n")
+    return {f"eval/{k}": v / sums["n"] for k, v in sums.items() if k != "n"}
+
+
+def over_processes(sums):
+    """Add up {name: number} over all processes of torchrun."""
+    import torch.distributed as dist
+    if not dist.is_initialized():
+        return sums
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, sums)
+    return sum(everyone, Counter())
+
+
+def train(args):
+    """The loop: lr, micro-batches, clip, step, log, evaluate, save. Returns the run and its end."""
+    import torch
+    import torch.distributed as dist
+    from symmpo import metrics
+    from tqdm import tqdm
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
+    checkpoint = claim_folder(args) if rank == 0 else None
+    run = prepare(args)
+    weights = [p for p in run.policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=args.lr, weight_decay=args.weight_decay)
+    start = load_checkpoint(run, checkpoint, optimizer) if checkpoint else 0
+    if world > 1:
+        start = over_processes(Counter(start=start))["start"]
+        for p in weights:  # rank 0's adapter is everybody's, fresh or resumed
+            dist.broadcast(p.data, 0)
+    stopped, skipped = [], {}
+    for name in (signal.SIGINT, signal.SIGTERM):  # finish the step, save, then leave
+        signal.signal(name, lambda number, _: stopped.append(number))
+    n = len(run.records)
+    batches = iter(torch.utils.data.DataLoader(
+        RowData(run, run.records), batch_sampler=micro_batches(start, n, args, rank, world),
+        collate_fn=list, num_workers=args.workers))
+    bar = tqdm(total=args.steps, initial=start, unit="step", disable=rank > 0 or None)
+    for step in range(start, args.steps):
+        # Learning rate: linear warm-up, then half a cosine down to 0.
+        warm = max(1, round(args.warmup * args.steps))
+        decay = (1 + math.cos(math.pi * (step - warm) / max(1, args.steps - warm))) / 2
+        lr = args.lr * ((step + 1) / warm if step < warm else decay)
+        optimizer.param_groups[0]["lr"] = lr
+
+        # Micro-batches: gradients of the summed loss pile up; the mean is taken once, below, by
+        # the number of records there really were in all processes.
+        began, sums, numbers = time.time(), Counter(), []
+        share = len(batch_of(step, n, args)[rank::world])
+        for _ in range(math.ceil(share / args.micro_batch)):
+            rows, used = merge(next(batches), args, skipped)
+            if not used:
+                continue
+            if step == start and not numbers and rank == 0:
+                print_facts(run, rows)
+            first = step == start and not numbers
+            terms, policy, reference = compute(run, rows, len(used), fresh=first)
+            loss = sum(terms.values())
+            if first and step == 0:
+                verify_start(run, policy, reference, loss.mean().item())
+            numbers += used
+            loss.sum().backward()
+            found = {"loss": loss, **{f"loss/{k}": v for k, v in terms.items()},
+                     **metrics(policy, reference, run.w["beta"])}
+            sums.update({k: v.sum().item() for k, v in found.items()})
+            sums.update({"records": len(used), "tokens": sum(
+                row["inputs"]["input_ids"].numel() + sum(map(len, row["responses"]))
+                for row in rows)})
+
+        # One gradient for all processes, its norm clipped, one step of AdamW.
+        sums = over_processes(sums)
+        for p in weights:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            if world > 1:
+                dist.all_reduce(p.grad)
+            p.grad /= max(1, sums["records"])
+        norm = torch.nn.utils.clip_grad_norm_(weights, args.clip).item()
+        if not math.isfinite(sums["loss"] + norm):
+            save_checkpoint(run, step, optimizer)
+            raise Problem(f"step {step}: loss {sums['loss']:g}, gradient norm {norm:g}, at record "
+                          f"numbers {sorted(numbers)} (from 0); the state before this step is in "
+                          f"{args.out / f'checkpoint-{step}'}")
+        optimizer.step()
+        optimizer.zero_grad()
+
+        # Log, look at held-out records, save. The means are over the whole optimiser step.
+        line = {k: v / max(1, sums["records"]) for k, v in sums.items()
+                if k not in ("records", "tokens")}
+        line.update({"lr": lr, "grad_norm": norm, "records": sums["records"],
+                     "tokens_per_second": sums["tokens"] / (time.time() - began)})
+        done = step + 1
+        last = done == args.steps or stopped
+        if rank == 0:
+            if len(run.held_out) and (done % args.sample_every == 0 or done == args.steps):
+                line.update(held_out(run, done))
+            with open(args.out / "metrics.jsonl", "a") as f:
+                f.write(json.dumps({"step": done, **line}) + "\n")
+            if done % args.save_every == 0 or last:
+                save_checkpoint(run, done, optimizer)
+                plot_curves(args.out)
+        bar.update()
+        bar.set_postfix({k.rpartition("/")[2]: f"{line[k]:.3g}" for k in (
+            "loss", "rewards/accuracies", "rewards/margins", "tokens_per_second") if k in line})
+        if stopped:
+            break
+    bar.close()
+    return run, done, skipped
+
+
+def main(argv=None):
+    try:
+        args = parse_args(argv)
+        run, done, skipped = train(args)
+    except Problem as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    for number, reason in sorted(skipped.items()):
+        print(f"left out: {reason}")
+    print(f"adapter     {args.out / f'checkpoint-{done}'} (PEFT), curves {args.out / 'curves.png'}")
+    if done < args.steps:
+        again = " ".join(argv or sys.argv[1:])
+        print(f"stopped after step {done}; go on with: python train.py {again} --out {args.out} "
+              "--resume")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
