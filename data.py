@@ -31,7 +31,6 @@ VICUNA = ("A chat between a curious user and an artificial intelligence assistan
 IMAGES = ("image", "contrast_image")  # the fields behind the table's rows: m, m'
 RESPONSES = ("chosen", "rejected", "contrast_chosen")  # and its columns: y_w, y_l, y'_w
 CROP, CROP_LARGE = (0.01, 0.2), (0.2, 0.5)  # share of the area that a crop keeps (mDPO Table 3)
-MAX_PIXELS = 64_000_000  # a larger image is refused: a decompression bomb, not a photograph
 
 
 class Problem(Exception):
@@ -195,7 +194,8 @@ def open_image(source, root=None, allow_outside=True):
 
     Paths are relative to root; with allow_outside=False they must stay inside it. Palette, CMYK,
     16-bit and animated (first frame) files are converted; transparency is laid on black.
-    Raises Problem naming the file: missing, not an image, truncated, or above MAX_PIXELS.
+    Raises Problem naming the file: missing, no image, truncated, or a decompression bomb by PIL's
+    limit (179 million pixels).
     """
     from PIL import Image, ImageOps
     name = "image bytes"
@@ -213,14 +213,9 @@ def open_image(source, root=None, allow_outside=True):
         raise Problem(f"an image is a path or bytes, not {type(source).__name__}")
     try:
         with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise Problem(f"{name}: {image.width} x {image.height} pixels, more than "
-                              f"{MAX_PIXELS:,}; make it smaller")
             if image.mode.startswith("I"):  # 16 bits a pixel: scale, since convert() would clip
                 image = image.convert("I").point(lambda v: v / 256).convert("L")
             return ImageOps.exif_transpose(image).convert("RGB")
-    except Problem:
-        raise
     except Exception as e:  # PIL raises many kinds of error for the many ways to be broken
         raise Problem(f"{name}: not a readable image ({type(e).__name__}: {e})") from e
 
@@ -295,11 +290,15 @@ def render(processor, fmt, prompt, image=True):
         content = [{"type": "image"}] * image + [{"type": "text", "text": prompt}]
         text = processor.apply_chat_template([{"role": "user", "content": content}],
                                              add_generation_prompt=True, tokenize=False)
-    bos = tokenizer.bos_token
-    wants_bos = bos and (fmt == "vicuna" or tokenizer("a").input_ids[0] == tokenizer.bos_token_id)
-    if wants_bos:
-        text = bos + text.removeprefix(bos)  # exactly one
-    return text
+    if writes_space(tokenizer):
+        text = text.rstrip(" ")  # the response brings its own
+    bos = tokenizer.bos_token or ""
+    return bos + text.removeprefix(bos)  # exactly one, whether or not the template has it
+
+
+def writes_space(tokenizer):
+    """Does the tokenizer put a space before the first word by itself, as SentencePiece does?"""
+    return tokenizer.tokenize("a")[0].startswith("▁")
 
 
 def plain_text(processor, text):
@@ -349,10 +348,7 @@ def response_frame(processor, fmt):
         marks = [i for i in tokenizer(tail, add_special_tokens=False).input_ids
                  if i in tokenizer.all_special_ids]
         end = marks[0] if marks else end
-    first = tokenizer.tokenize("a")[0]
-    if first.startswith("▁"):  # SentencePiece writes the space before the first word by itself
-        separator = separator.removesuffix(" ")
-    return separator, end
+    return separator.removesuffix(" ") if writes_space(tokenizer) else separator, end
 
 
 def end_token_id(processor, fmt):
