@@ -18,8 +18,10 @@ tokens that occur inside user text are broken up ("</s>" -> "< /s>"), a record t
 refused instead of cut, and mDPO's crop is drawn once per record.
 """
 import argparse
+import hashlib
 import io
 import json
+import os
 import random
 import re
 import sys
@@ -402,6 +404,182 @@ def build_rows(record, processor, fmt, cells, number=0, seed=0, max_length=2048,
     return rows
 
 
+# --- contrastive images ------------------------------------------------------------------------
+
+
+def noise(image, rng, step):
+    """Forward diffusion, sqrt(a) x + sqrt(1 - a) e: `step` steps of DDPM's 1000-step schedule."""
+    import numpy as np
+    from PIL import Image
+    a = np.prod(1 - np.linspace(1e-4, 0.02, 1000)[:step])
+    x = np.asarray(image) / 127.5 - 1
+    e = np.random.default_rng(rng.getrandbits(64)).standard_normal(x.shape)
+    x = a ** 0.5 * x + (1 - a) ** 0.5 * e
+    return Image.fromarray(np.uint8(((x + 1) * 127.5).round().clip(0, 255)))
+
+
+def moco(image, rng):
+    """MoCo-v2's augmentation with its strengths and probabilities: resized crop, colour jitter (in
+    a fixed order), greyscale, blur (meant for 224 px, scaled to the image), flip."""
+    from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+    image = crop(image, rng, (0.2, 1.0)).resize(image.size, Image.Resampling.BICUBIC)
+    if rng.random() < 0.8:
+        for enhance in ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color:
+            image = enhance(image).enhance(rng.uniform(0.6, 1.4))
+        (h, s, v), turn = image.convert("HSV").split(), round(256 * rng.uniform(-0.1, 0.1))
+        hue = h.point(lambda value: (value + turn) % 256)
+        image = Image.merge("HSV", (hue, s, v)).convert("RGB")
+    if rng.random() < 0.2:
+        image = image.convert("L").convert("RGB")
+    if rng.random() < 0.5:
+        sigma = rng.uniform(0.1, 2.0) * min(image.size) / 224
+        image = image.filter(ImageFilter.GaussianBlur(sigma))
+    return ImageOps.mirror(image) if rng.random() < 0.5 else image
+
+
+def embed(files, encoder, cache, batch=64):
+    """(N, d) unit image embeddings in fp32 and (N,) hashes of the images' pixels, in file order.
+
+    encoder: a checkpoint with get_image_features: CLIP, SigLIP, or a LLaVA, whose features are
+    averaged over the image tokens. Each batch is kept in the folder `cache` under a hash of the
+    encoder's weights and the pixels: what is there is not computed again, killed run or new one.
+    """
+    import numpy as np
+    import torch
+    from tqdm import tqdm
+    from transformers import AutoImageProcessor, AutoModel
+    try:
+        model = AutoModel.from_pretrained(encoder, dtype=torch.float32).eval()
+        processor, features = AutoImageProcessor.from_pretrained(encoder), model.get_image_features
+    except (OSError, ValueError, AttributeError) as e:
+        raise Problem(f"{encoder}: not an image encoder (CLIP, SigLIP, LLaVA): {e}") from e
+    weights = hashlib.sha256(str(processor).encode())
+    for tensor in model.state_dict().values():
+        weights.update(tensor.numpy())
+    vectors, pixels = [], []
+    Path(cache).mkdir(exist_ok=True)
+    for i in tqdm(range(0, len(files), batch), desc="embedding", unit=" batches"):
+        images = [open_image(str(file)) for file in files[i:i + batch]]
+        pixels += [hashlib.sha256(str(x.size).encode() + x.tobytes()).hexdigest() for x in images]
+        key = hashlib.sha256("".join([weights.hexdigest(), *pixels[i:]]).encode()).hexdigest()
+        kept, part = Path(cache, f"{key}.npy"), Path(cache, "part.npy")
+        if not kept.exists():
+            with torch.no_grad():
+                found = features(**processor(images=images, return_tensors="pt"), return_dict=True)
+            pooled = [x.reshape(-1, x.shape[-1]).mean(0) for x in found.pooler_output]
+            np.save(part, torch.nn.functional.normalize(torch.stack(pooled), dim=-1))
+            os.replace(part, kept)
+        vectors.append(np.load(kept))
+    return torch.from_numpy(np.concatenate(vectors)), pixels
+
+
+def neighbours(vectors, labels, max_sim=1.0, block=1024):
+    """Each row's nearest other row, exactly: indices and cosines (N,), -inf where there is none.
+
+    vectors: (N, d) of unit length. labels: integer tensors (N,); rows that share one (the same
+    pixels, the same group) are no neighbours, nor are rows with a cosine above max_sim. Memory
+    beside the vectors: tiles of block x 8 block cosines, whatever N.
+    """
+    import torch
+    from tqdm import tqdm
+    best, index = torch.full((len(vectors),), -torch.inf), torch.zeros(len(vectors), dtype=int)
+    for i in tqdm(range(0, len(vectors), block), desc="neighbours", unit=" blocks"):
+        for j in range(0, len(vectors), 8 * block):
+            rows, columns = slice(i, i + block), slice(j, j + 8 * block)
+            cosine = vectors[rows] @ vectors[columns].T
+            cosine[cosine > max_sim] = -torch.inf
+            for label in labels:
+                cosine[label[rows, None] == label[columns]] = -torch.inf
+            top, at = cosine.max(1)
+            index[rows] = torch.where(top > best[rows], at + j, index[rows])
+            best[rows] = best[rows].maximum(top)
+    return index, best
+
+
+def choose(args, root, groups, cache):
+    """{image: (contrast image, cosine)} for the kinds that take a picture that is there already.
+
+    groups: {image: its group}. An image for which no other will do is not in the result.
+    """
+    import numpy as np
+    import torch
+    images = list(groups)
+    if args.kind == "synthetic":
+        try:
+            names = json.loads(Path(args.mapping or "").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as e:
+            raise Problem(f"--mapping {args.mapping}: no JSON object image: picture ({e})") from e
+        folder = Path(args.mapping).parent
+        return {image: (folder / names[image], None) for image in images if image in names}
+    if args.kind == "random":
+        rng = random.Random(args.seed)
+        draws = {i: [j for j in rng.choices(images, k=20) if groups[j] != groups[i]]
+                 for i in images}
+        return {image: (root / others[0], None) for image, others in draws.items() if others}
+    vectors, pixels = embed([root / image for image in images], args.encoder, cache)
+    labels = [torch.tensor(np.unique(of, return_inverse=True)[1])
+              for of in (pixels, list(groups.values()))]
+    nearest = neighbours(vectors, labels, args.max_sim)
+    return {image: (root / images[i], round(cosine, 4)) for image, i, cosine
+            in zip(images, *(x.tolist() for x in nearest)) if cosine >= args.min_sim}
+
+
+def image_records(path):
+    """(folder, records as they stand) of a JSONL file, or one {"image"} per picture of a folder.
+
+    Raises Problem for a path or line without records or without an image path.
+    """
+    path, records, number = Path(path), [], 0
+    if path.is_dir():
+        suffixes = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+        names = sorted(p.name for p in path.iterdir() if p.suffix.lower() in suffixes)
+        return path, [{"image": name} for name in names]
+    try:
+        with open(path, encoding="utf-8") as f:
+            for number, line in enumerate(f, 1):
+                records.append({**json.loads(line)})
+                path / records[-1]["image"]
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        raise Problem(f"{path}: line {number}: not a JSON record with an image path ({e!r})") from e
+    return path.parent, records
+
+
+def contrast(args):
+    """`python data.py contrast`: write the records again, each with a contrast image."""
+    from PIL import Image
+    from tqdm import tqdm
+    made = {"crop": crop, "crop-large": lambda image, rng: crop(image, rng, CROP_LARGE),
+            "black": lambda image, rng: Image.new("RGB", image.size),
+            "noise": lambda image, rng: noise(image, rng, args.step), "moco": moco}
+    out, (root, records), left_out = Path(args.out), image_records(args.data), 0
+    folder = out.with_suffix("")  # of the pictures that are made, or of the embeddings
+    out.parent.mkdir(parents=True, exist_ok=True)
+    groups = {r["image"]: str(r.get(args.group, r["image"])) for r in records}
+    if not groups:
+        raise Problem(f"{args.data}: no images there")
+    found = {} if args.kind in made else choose(args, root, groups, folder)
+    with open(f"{out}.tmp", "w", encoding="utf-8") as f:
+        for number, record in enumerate(tqdm(records, desc=args.kind, unit=" records")):
+            image, cosine = record["image"], None
+            if args.kind in made:
+                rng = random.Random(f"{args.seed} {number} {image}")
+                folder.mkdir(exist_ok=True)
+                other = folder / f"{number:06d}.png"
+                made[args.kind](open_image(image, root), rng).save(other)
+            elif image in found:
+                other, cosine = found[image]
+            else:
+                left_out += 1
+                continue
+            places = [os.path.relpath(p, out.parent) for p in (root / image, other)]
+            f.write(json.dumps({**record, "image": places[0], "contrast_image": places[1],
+                                "contrast_kind": args.kind, "contrast_seed": args.seed,
+                                "similarity": cosine}, ensure_ascii=False) + "\n")
+    os.replace(f"{out}.tmp", out)
+    print(f"{out}: {len(records) - left_out:,} records; {left_out:,} left out, for which no other "
+          "image will do")
+
+
 # --- command line --------------------------------------------------------------------------------
 
 
@@ -471,6 +649,22 @@ def main(argv=None):
     p.add_argument("--allow-outside", action="store_true",
                    help="permit image paths that leave the data file's folder")
     p.set_defaults(run=check)
+    p = commands.add_parser("contrast", help="give every record a contrast image")
+    p.add_argument("data", help="records (.jsonl) or a folder of images")
+    p.add_argument("--out", required=True, help="records with contrast_image (.jsonl), to stand "
+                   "beside the images; made pictures go into a folder of the same name")
+    p.add_argument("--kind", default="clip", choices=("crop", "crop-large", "random", "clip",
+                                                      "black", "noise", "moco", "synthetic"))
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--encoder", default="openai/clip-vit-large-patch14-336",
+                   help="clip: a CLIP, SigLIP or LLaVA checkpoint (default %(default)s)")
+    p.add_argument("--min-sim", type=float, default=-1.0, help="clip: least cosine of a neighbour")
+    p.add_argument("--max-sim", type=float, default=0.98,
+                   help="clip: what is nearer is a near-duplicate (default %(default)s)")
+    p.add_argument("--group", default="image", help="field; images that share it are never paired")
+    p.add_argument("--step", type=int, default=500, help="noise: of 1000 (default %(default)s)")
+    p.add_argument("--mapping", help="synthetic: JSON {image: picture beside this file}")
+    p.set_defaults(run=contrast)
     args = parser.parse_args(argv)
     try:
         sys.exit(1 if args.run(args) else 0)

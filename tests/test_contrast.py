@@ -1,0 +1,209 @@
+"""The contrastive images: each kind on real image files, and exact neighbours."""
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image, ImageDraw
+
+import data
+
+MADE = ("crop", "crop-large", "black", "noise", "moco")
+VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+              image_size=32, patch_size=16, initializer_range=0.2)
+TEXT = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+            vocab_size=64)
+
+
+def picture(seed, size=(160, 120)):
+    rng = random.Random(seed)
+    image = Image.new("RGB", size, tuple(rng.choices(range(256), k=3)))
+    draw = ImageDraw.Draw(image)
+    for _ in range(6):
+        x, y = rng.randrange(size[0]), rng.randrange(size[1])
+        draw.ellipse((x, y, x + 30, y + 30), fill=tuple(rng.choices(range(256), k=3)))
+    return image
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i in range(8):
+        picture(i).save(tmp_path / f"{i}.png")
+    return tmp_path
+
+
+@pytest.fixture(scope="session", params=["clip", "siglip", "llava"])
+def encoder(request, tmp_path_factory):
+    torch.manual_seed(0)
+    path, tf = tmp_path_factory.mktemp(request.param), transformers
+    if request.param == "clip":
+        model = tf.CLIPModel(tf.CLIPConfig(vision_config=VISION, text_config=TEXT))
+    elif request.param == "siglip":
+        model = tf.SiglipModel(tf.SiglipConfig(vision_config=VISION, text_config=TEXT))
+    else:
+        model = tf.LlavaForConditionalGeneration(tf.LlavaConfig(
+            vision_config=tf.CLIPVisionConfig(**VISION), text_config=tf.LlamaConfig(**TEXT)))
+    model.save_pretrained(path)
+    tf.CLIPImageProcessorPil(size={"shortest_edge": 32},
+                             crop_size={"height": 32, "width": 32}).save_pretrained(path)
+    return path
+
+
+def run(*args, code=0):
+    with pytest.raises(SystemExit) as end:
+        data.main(["contrast", *map(str, args)])
+    assert end.value.code == code
+
+
+def lines(path):
+    return [json.loads(line) for line in open(path, encoding="utf-8")]
+
+
+# --- the kinds ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind, low, high", [("crop", 0.005, 0.2), ("crop-large", 0.19, 0.51)])
+def test_crops_keep_their_share_of_the_area(folder, kind, low, high):
+    run(folder, "--out", folder / "out.jsonl", "--kind", kind)
+    for record in lines(folder / "out.jsonl"):
+        w, h = Image.open(folder / record["contrast_image"]).size
+        assert low < w * h / (160 * 120) < high
+
+
+def test_noise_is_the_forward_process():
+    grey = Image.new("RGB", (200, 200), (127, 127, 127))
+    x, rng = np.zeros((200, 200, 3)), np.random.default_rng(1)
+    for beta in np.linspace(1e-4, 0.02, 1000)[:60]:  # step by step, as DDPM defines it
+        x = (1 - beta) ** 0.5 * x + beta ** 0.5 * rng.standard_normal(x.shape)
+    ours = np.asarray(data.noise(grey, random.Random(0), 60)) / 127.5 - 1
+    assert ours.std() == pytest.approx(x.std(), rel=0.01) and abs(ours.mean()) < 0.01
+    image = picture(1)
+    kept = [np.corrcoef(np.asarray(data.noise(image, random.Random(0), step)).ravel(),
+                        np.asarray(image).ravel())[0, 1] for step in (0, 250, 500, 999)]
+    assert kept[0] == 1 and kept == sorted(kept, reverse=True) and abs(kept[3]) < 0.1
+
+
+def test_moco_does_all_five_things():
+    image, seen = picture(3), set()
+    for seed in range(60):
+        out = data.moco(image, random.Random(seed))
+        assert out.size == image.size and out.mode == "RGB"
+        r, g, b = (np.asarray(channel, int) for channel in out.split())
+        seen.add("grey" if (r == g).all() and (g == b).all() else "colour")
+        seen.add(out.tobytes())
+    assert {"grey", "colour"} <= seen and len(seen) == 62
+    red = Image.new("RGB", (32, 32), (200, 40, 40))  # a flat image shows colour jitter alone
+    hues = {data.moco(red, random.Random(seed)).convert("HSV").getpixel((9, 9))[0]
+            for seed in range(60)}
+    assert len(hues) > 20 and all(h < 30 or h > 225 for h in hues)  # +-0.1 of the circle, wrapped
+
+
+@pytest.mark.parametrize("kind", MADE + ("random",))
+def test_the_same_seed_gives_the_same_bytes(folder, kind):
+    def made(seed, out):
+        run(folder, "--out", folder / out, "--kind", kind, "--seed", seed)
+        records = lines(folder / out)
+        assert {(r["contrast_kind"], r["contrast_seed"]) for r in records} == {(kind, seed)}
+        assert all(r["contrast_image"] != r["image"] for r in records) and len(records) == 8
+        return [(folder / r["contrast_image"]).read_bytes() for r in records]
+
+    first = made(0, "a.jsonl")
+    text = (folder / "a.jsonl").read_bytes()
+    assert made(0, "a.jsonl") == first and (folder / "a.jsonl").read_bytes() == text
+    assert (made(1, "b.jsonl") == first) == (kind == "black")
+
+
+def test_records_keep_their_fields_and_images_without_a_partner_are_left_out(folder, capsys):
+    records = [{"image": f"{i}.png", "prompt": "é?", "scene": i // 2} for i in range(3)]
+    (folder / "in.jsonl").write_text("\n".join(map(json.dumps, records)))
+    run(folder / "in.jsonl", "--out", folder / "new/out.jsonl", "--kind", "random",
+        "--group", "scene")
+    pairs = {r["image"]: r["contrast_image"] for r in lines(folder / "new/out.jsonl")}
+    assert pairs["../0.png"] == pairs["../1.png"] == "../2.png"
+    assert lines(folder / "new/out.jsonl")[0] | records[0] == lines(folder / "new/out.jsonl")[0] | {
+        "image": "0.png"}
+    (folder / "in.jsonl").write_text("\n".join(map(json.dumps, records[:2])))
+    run(folder / "in.jsonl", "--out", folder / "out.jsonl", "--kind", "random", "--group", "scene")
+    assert lines(folder / "out.jsonl") == [] and "2 left out" in capsys.readouterr().out
+
+
+def test_ready_pictures_come_through_a_mapping(folder):
+    (folder / "edits").mkdir()
+    picture(99).save(folder / "edits" / "e.png")
+    (folder / "edits" / "map.json").write_text('{"3.png": "e.png"}')
+    run(folder, "--out", folder / "out.jsonl", "--kind", "synthetic", "--mapping",
+        folder / "edits" / "map.json")
+    [record] = lines(folder / "out.jsonl")
+    assert record["image"] == "3.png" and record["contrast_image"] == "edits/e.png"
+
+
+def test_errors_name_the_place(folder, capsys):
+    (folder / "in.jsonl").write_text('{"image": "0.png"}\n{"picture": 1}\n')
+    (folder / "gone.jsonl").write_text('{"image": "gone.png"}\n')
+    (folder / "empty").mkdir()
+    out = ["--out", folder / "out.jsonl"]
+    for args, message in [([folder / "in.jsonl", "--kind", "crop"], "in.jsonl: line 2"),
+                          ([folder / "gone.jsonl", "--kind", "crop"], "gone.png: no such image"),
+                          ([folder / "none.jsonl", "--kind", "crop"], "No such file"),
+                          ([folder / "empty", "--kind", "crop"], "no images"),
+                          ([folder, "--kind", "synthetic"], "--mapping"),
+                          ([folder, "--encoder", folder / "empty"], "not an image encoder")]:
+        run(*args, *out, code=2)
+        assert message in capsys.readouterr().err
+    assert not (folder / "out.jsonl").exists()
+
+
+# --- neighbours ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", [1, 3, 1024])
+def test_neighbours_are_exact(block):
+    torch.manual_seed(0)
+    vectors = torch.nn.functional.normalize(torch.randn(50, 4), dim=1)
+    vectors[7] = vectors[3]  # a duplicate that only the ceiling can catch
+    labels = [torch.arange(50) // 5, torch.arange(50) % 9]
+    index, cosine = data.neighbours(vectors, labels, max_sim=0.95, block=block)
+    for i in range(50):
+        allowed = {j: float(vectors[i] @ vectors[j]) for j in range(50)
+                   if all(label[i] != label[j] for label in labels)}
+        best = max(c for c in allowed.values() if c <= 0.95)
+        assert allowed[int(index[i])] == pytest.approx(best, abs=1e-6)
+        assert float(cosine[i]) == pytest.approx(best, abs=1e-6)
+    alone = data.neighbours(vectors, [torch.zeros(50)], 1.0)[1]
+    assert torch.isinf(alone).all()
+
+
+def test_every_encoder_family_finds_neighbours_and_no_duplicates(folder, encoder):
+    picture(0).save(folder / "copy.bmp")  # the same pixels in another file
+    nearly = picture(0)
+    nearly.putpixel((0, 0), (1, 2, 3))
+    nearly.save(folder / "nearly.png")
+    run(folder, "--out", folder / "out.jsonl", "--encoder", encoder, "--max-sim", 0.999)
+    found = {r["image"]: r for r in lines(folder / "out.jsonl")}
+    same = {"0.png", "copy.bmp", "nearly.png"}
+    assert len(found) == 10
+    assert all(found[image]["contrast_image"] not in same for image in same)
+    assert all(r["contrast_kind"] == "clip" and r["similarity"] <= 0.999 for r in found.values())
+    vectors, _ = data.embed([folder / f"{i}.png" for i in range(8)], encoder, folder / "cache")
+    assert vectors.norm(dim=1).allclose(torch.ones(8))
+    near = round(float(vectors[4] @ vectors[int(found["4.png"]["contrast_image"][0])]), 4)
+    assert near == pytest.approx(found["4.png"]["similarity"], abs=1e-4)
+    floor = sorted(r["similarity"] for r in found.values())[5]
+    run(folder, "--out", folder / "out.jsonl", "--encoder", encoder, "--max-sim", 0.999,
+        "--min-sim", floor - 1e-4)
+    assert len(lines(folder / "out.jsonl")) == sum(r["similarity"] >= floor for r in found.values())
+
+
+def test_embeddings_are_cached_by_content(folder, encoder):
+    files = [folder / f"{i}.png" for i in range(8)]
+    first, _ = data.embed(files, encoder, folder / "cache", batch=4)
+    kept = {p: p.stat().st_mtime_ns for p in (folder / "cache").iterdir()}
+    again, _ = data.embed(files, encoder, folder / "cache", batch=4)
+    assert torch.equal(first, again) and len(kept) == 2
+    assert kept == {p: p.stat().st_mtime_ns for p in (folder / "cache").iterdir()}
+    picture(77).save(files[6])  # the same name with another content
+    changed, _ = data.embed(files, encoder, folder / "cache", batch=4)
+    assert len(list((folder / "cache").iterdir())) == 3
+    assert torch.equal(first[:6], changed[:6]) and not torch.allclose(first[6], changed[6])
