@@ -25,7 +25,6 @@ import sqlite3
 import sys
 import time
 from collections import Counter
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,88 +33,78 @@ from data import TINY, Problem
 
 PACKABLE = ("llava", "llava_next", "llava_onevision", "idefics3", "smolvlm", "internvl")
 
-# One knob a line: flag, type or choices, default (the paper's unless the text says so), help.
-OPTIONS = {
-    "what": [
-        ("model", str, None, "model folder or hub name; without it the bundled tiny world is used"),
-        ("data", str, None, "prefs.jsonl or parquet file (`python data.py --help` has its form)"),
-        ("objective", ("dpo", "copo", "mdpo", "symmpo", "sft"), "symmpo", "the loss"),
-        ("out", str, None, "folder for this run (default runs/OBJECTIVE-DATE-TIME)"),
-        ("no-image", bool, False, "dpo, sft: remove the image from every prompt (mDPO Fig. 1)"),
-    ],
-    "loop": [
-        ("epochs", float, 2.0, "passes over the data"),
-        ("steps", int, 0, "optimiser steps; 0: as many as --epochs needs"),
-        ("batch-size", int, 64, "records per optimiser step, over all processes"),
-        ("micro-batch", int, 1, "records per forward and backward pass; memory grows with it"),
-        ("lr", float, 5e-6, "peak learning rate; cosine decay to 0"),
-        ("warmup", float, 0.05, "share of the steps with a linearly rising rate"),
-        ("weight-decay", float, 0.01, "AdamW's decoupled decay of the adapter weights"),
-        ("clip", float, 1.0, "largest norm of the gradient"),
-        ("seed", int, 0, "of data order, adapter initialisation and crops"),
-    ],
-    "loss (defaults go by objective)": [
-        ("beta", float, None, "scale of the log-ratios, 1/nats (0.1)"),
-        ("lam", float, None, "weight of Pair (symmpo 0.5) or of CoPO (mdpo 1)"),
-        ("gamma", float, None, "weight of Margin (symmpo 1e-4)"),
-        ("eta", float, None, "weight of the anchors (symmpo and mdpo 1, others 0)"),
-        ("delta", float, None, "threshold that anchors hold beta * rho above (0)"),
-        ("anchors", str, None, "comma-separated cells among yw, yl, ml, yw' (mDPO Table 4)"),
-    ],
-    "model": [
-        ("lora-r", int, 128, "rank of the adapters"),
-        ("lora-alpha", int, 256, "the adapters' output is scaled by alpha / r"),
-        ("lora-dropout", float, 0.0, "0 since the reference has none (published script: 0.05)"),
-        ("max-length", int, 2048, "tokens of image, prompt and longest response"),
-        ("prompt-format", ("auto", "vicuna", "chat"), "auto",
-         "chat: the processor's template; auto: vicuna for LLaVA-1.5, else chat"),
-        ("dtype", ("auto", "bfloat16", "float32"), "auto",
-         "of the frozen weights (adapters are fp32); auto: bfloat16 on CUDA, float32 elsewhere"),
-        ("device", str, "auto", "cuda or cpu; auto: CUDA when there is one"),
-        ("grad-checkpointing", bool, False, "recompute activations: less memory, a third slower"),
-        ("no-share-prefix", bool, False, "plain padded sequences, for models that cannot pack"),
-    ],
-    "run": [
-        ("eval-data", str, None, "held-out records: loss, accuracy and samples while training"),
-        ("sample-every", int, 50, "steps between held-out evaluations"),
-        ("save-every", int, 50, "steps between checkpoints; the last step is always saved"),
-        ("resume", bool, False, "go on with the run in --out from its last checkpoint"),
-        ("skip-bad", bool, False, "leave unusable records out and list them at the end"),
-        ("allow-outside", bool, False, "permit image paths that leave the data file's folder"),
-        ("cache", str, "~/.cache/symmpo", "folder of the reference's log-probs"),
-        ("workers", int, 0, "processes that read images ahead of the step"),
-        ("tensorboard", bool, False, "also write TensorBoard events, if it is installed"),
-    ],
-}
-TINY_PRESET = {"model": str(TINY / "model"), "data": str(TINY / "prefs.jsonl"),
-               "eval_data": str(TINY / "val.jsonl"), "steps": 100, "batch_size": 16,
-               "lr": 5e-4, "lora_r": 16, "lora_alpha": 32, "warmup": 0.1}
-MAY_CHANGE = ("resume", "out", "save_every", "sample_every", "workers", "tensorboard", "cache",
-              "tiny", "micro_batch")  # what a resumed run may set anew
+TINY_PRESET = dict(model=TINY / "model", data=TINY / "prefs.jsonl", eval_data=TINY / "val.jsonl",
+                   steps=100, batch_size=16, lr=5e-4, lora_r=16, lora_alpha=32, warmup=0.1)
+MAY_CHANGE = ("resume", "out", "save_every", "sample_every", "workers", "tensorboard", "cache")  # what a resumed run may set anew; everything else makes it another run
+
+
+def options():
+    """Every knob on its line: default (the paper's unless the text says so), unit, reason."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def add(group, name, default, text, kind=None, **more):
+        more |= {"action": "store_true"} if default is False else {"type": kind or type(default)}
+        note = f" (default {default})" if default not in (None, False) else ""
+        group.add_argument(f"--{name}", default=default, help=text + note, **more)
+
+    g = parser.add_argument_group("what")
+    add(g, "model", None, "model folder or hub name; without it the bundled tiny world is used", str)
+    add(g, "data", None, "prefs.jsonl or parquet (`python data.py --help` has the form)", str)
+    add(g, "objective", "symmpo", "the loss", choices=("dpo", "copo", "mdpo", "symmpo", "sft"))
+    add(g, "out", None, "folder for this run (default runs/OBJECTIVE-DATE-TIME)", Path)
+    add(g, "no-image", False, "dpo, sft: remove the image from every prompt (mDPO Fig. 1)")
+    g = parser.add_argument_group("loop")
+    add(g, "epochs", 2.0, "passes over the data")
+    add(g, "steps", 0, "optimiser steps; 0: as many as --epochs needs")
+    add(g, "batch-size", 64, "records per optimiser step, over all processes")
+    add(g, "micro-batch", 1, "records per forward and backward pass; memory grows with it")
+    add(g, "lr", 5e-6, "peak learning rate; cosine decay to 0")
+    add(g, "warmup", 0.05, "share of the steps with a linearly rising rate")
+    add(g, "weight-decay", 0.01, "AdamW's decoupled decay of the adapter weights")
+    add(g, "clip", 1.0, "largest norm of the gradient")
+    add(g, "seed", 0, "of data order, adapter initialisation and crops")
+    g = parser.add_argument_group("loss", "defaults go by objective")
+    add(g, "beta", None, "scale of the log-ratios, 1/nats (0.1)", float)
+    add(g, "lam", None, "weight of Pair (symmpo 0.5) or of CoPO (mdpo 1)", float)
+    add(g, "gamma", None, "weight of Margin (symmpo 1e-4)", float)
+    add(g, "eta", None, "weight of the anchors (symmpo and mdpo 1, others 0)", float)
+    add(g, "delta", None, "threshold that anchors hold beta * rho above (0)", float)
+    add(g, "anchors", None, "comma-separated cells among yw, yl, ml, yw' (mDPO Table 4)", str)
+    g = parser.add_argument_group("model")
+    add(g, "lora-r", 128, "rank of the adapters")
+    add(g, "lora-alpha", 256, "the adapters' output is scaled by alpha / r")
+    add(g, "lora-dropout", 0.0, "0 since the reference has none (published script: 0.05)")
+    add(g, "max-length", 2048, "tokens of image, prompt and longest response")
+    add(g, "prompt-format", "auto", "auto: vicuna for LLaVA-1.5, else the processor's template",
+        choices=("auto", "vicuna", "chat"))
+    add(g, "dtype", "auto", "of the frozen weights; auto: bfloat16 on CUDA, float32 elsewhere",
+        choices=("auto", "bfloat16", "float32"))
+    add(g, "device", "auto", "cuda or cpu; auto: CUDA when there is one")
+    add(g, "grad-checkpointing", False, "recompute activations: less memory, a third slower")
+    add(g, "no-share-prefix", False, "plain padded sequences, for models that cannot pack")
+    g = parser.add_argument_group("run")
+    add(g, "eval-data", None, "held-out records: loss, accuracy and samples while training", str)
+    add(g, "sample-every", 50, "steps between held-out evaluations")
+    add(g, "save-every", 50, "steps between checkpoints; the last step is always saved")
+    add(g, "resume", False, "go on with the run in --out from its last checkpoint")
+    add(g, "skip-bad", False, "leave unusable records out and list them at the end")
+    add(g, "allow-outside", False, "permit image paths that leave the data file's folder")
+    add(g, "cache", "~/.cache/symmpo", "folder of the reference's log-probs")
+    add(g, "workers", 0, "processes that read images ahead of the step")
+    add(g, "tensorboard", False, "also write TensorBoard events, if it is installed")
+    return parser
 
 
 def parse_args(argv=None):
     """The command line as a namespace; without --model the tiny preset fills what is not given."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    for header, rows in OPTIONS.items():
-        group = parser.add_argument_group(header)
-        for name, kind, default, text in rows:
-            tiny = TINY_PRESET.get(name.replace("-", "_"))
-            text += f" (default {default})" if default not in (None, False) else ""
-            text += f" (tiny world: {tiny})" if default and tiny else ""
-            how = ({"action": "store_true"} if kind is bool else {"type": kind} if callable(kind)
-                   else {"choices": kind})
-            group.add_argument("--" + name, default=None, help=text.replace("%", "%%"), **how)
+    parser = options()
     args = parser.parse_args(argv)
-    args.tiny = not args.model and not args.data
-    preset = {} if args.model else TINY_PRESET
-    for name, _, default, _ in sum(OPTIONS.values(), []):
-        key = name.replace("-", "_")
-        if getattr(args, key) is None:
-            setattr(args, key, preset.get(key, default))
-    for key in ("epochs", "batch_size", "micro_batch", "lr", "lora_r", "max_length",
-                "sample_every", "save_every"):
+    if not args.model:
+        parser.set_defaults(**{k: str(v) if isinstance(v, Path) else v
+                               for k, v in TINY_PRESET.items()})
+        args = parser.parse_args(argv)
+    for key in ("epochs", "batch_size", "micro_batch", "lr", "lora_r", "sample_every", "save_every"):
         if getattr(args, key) <= 0:
             raise Problem(f"--{key.replace('_', '-')} must be above 0")
     if args.data is None:
@@ -124,7 +113,7 @@ def parse_args(argv=None):
         raise Problem("--resume needs --out, the folder of the run to go on with")
     if args.no_image and args.objective not in ("dpo", "sft"):
         raise Problem("--no-image goes with --objective dpo or sft: the others contrast images")
-    args.out = Path(args.out or f"runs/{args.objective}-{time.strftime('%Y%m%d-%H%M%S')}")
+    args.out = args.out or Path(f"runs/{args.objective}-{time.strftime('%Y%m%d-%H%M%S')}")
     return args
 
 
@@ -166,7 +155,13 @@ def prepare(args):
     run.fmt = data.prompt_format(model, args.prompt_format)
     run.base = fingerprint(model)
     run.policy = add_adapter(model.requires_grad_(False), args)
-    run.cache = open_cache(args.cache, f"{run.base}-{args.dtype}-{args.device.split(':')[0]}")
+    run.identity = {**{k: v for k, v in vars(args).items() if k not in MAY_CHANGE}, **run.w,
+                    "base": run.base, "format": run.fmt, "records": len(run.records)}
+    folder = Path(args.cache).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    kind = args.device.split(":")[0]
+    run.cache = sqlite3.connect(folder / f"{run.base}-{args.dtype}-{kind}.sqlite", timeout=60)
+    run.cache.execute("CREATE TABLE IF NOT EXISTS logps (key BLOB PRIMARY KEY, nats BLOB)")
     return run
 
 
@@ -199,104 +194,90 @@ def fingerprint(model):
     return digest.hexdigest()
 
 
-def row_keys(row):
-    """One hash per response: of the prompt's tokens, the pixels and the response's tokens.
-
-    What the model sees is the key, so template, tokenizer, image processing and data are in it.
-    """
-    seen = hashlib.blake2b(digest_size=16)
-    for key, value in sorted(row["inputs"].items()):
-        seen.update(f"{key} {tuple(value.shape)}".encode() + value.numpy().tobytes())
-    keys = []
-    for response in row["responses"]:
-        both = seen.copy()
-        both.update(response.numpy().tobytes())
-        keys.append(both.hexdigest())
-    return keys
-
-
-def open_cache(folder, name):
-    """The reference's log-probs on disk, {key: nats}, one file per model, dtype and device kind."""
-    folder = Path(folder).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    cache = sqlite3.connect(folder / f"{name}.sqlite", timeout=60)
-    cache.execute("CREATE TABLE IF NOT EXISTS logps (key TEXT PRIMARY KEY, value REAL)")
-    return cache
-
-
 def policy_table(run, rows, records):
-    """(records, 2, 3) log-probs of whatever the adapter makes of the model now, on the CPU."""
+    """(records, 2, 3) log-probs in nats of whatever the adapter makes of the model now."""
     import torch
     from symmpo import logp_table
     cuda = run.args.device.startswith("cuda")
-    precision = torch.autocast("cuda", torch.bfloat16) if run.args.dtype == "bfloat16" and cuda \
-        else nullcontext()
-    with precision:
+    with torch.autocast("cuda", torch.bfloat16, enabled=cuda and run.args.dtype == "bfloat16"):
         return logp_table(run.policy, rows, records, not run.args.no_share_prefix,
                           tokens_per_forward=2048 if cuda else 0)
 
 
-def reference_table(run, rows, records, fresh=False):
-    """The same of the frozen reference, adapter off: from the cache, computed where it is new.
+def reference_table(run, rows, keys, fresh=False):
+    """The same of the frozen reference (adapter off): from the cache, computed where it is new.
 
-    fresh: compute everything and raise Problem where the cache says something else.
+    keys: one per record, a hash of everything the model sees of it. fresh: compute all the same
+    and raise Problem where the cache says something else.
     """
     import torch
-    known = dict(run.cache.execute(  # keys are hex digests
-        f"SELECT key, value FROM logps WHERE key IN {str(tuple(sum((r['keys'] for r in rows), [])))}"
-        .replace(",)", ")")))
-    table = torch.full((records, 2, 3), math.nan, device=run.args.device)
-    todo = rows if fresh else [row for row in rows if not set(row["keys"]) <= set(known)]
+    found = run.cache.execute(f"SELECT key, nats FROM logps WHERE key IN ({','.join('?' * len(keys))})",
+                              keys)
+    known = {key: torch.frombuffer(bytearray(nats), dtype=torch.float32) for key, nats in found}
+    unknown = torch.full((6,), math.nan)
+    table = torch.stack([known.get(key, unknown) for key in keys]).view(-1, 2, 3)
+    todo = [row for row in rows if fresh or keys[row["cells"][0][0]] not in known]
     if todo:
         with torch.no_grad(), run.policy.disable_adapter():
-            table = policy_table(run, todo, records)
-    with run.cache:  # one transaction
-        for key, cell in ((k, c) for row in rows for k, c in zip(row["keys"], row["cells"])):
-            if key not in known:
-                run.cache.execute("INSERT OR IGNORE INTO logps VALUES (?, ?)",
-                                  (key, table[cell].item()))
-            elif fresh and abs(table[cell] - known[key]) > 0.5 + 0.02 * abs(known[key]):
-                raise Problem(f"the reference cache in {run.args.cache} holds {known[key]:.3f} nats"
-                              f" for a response, it is {table[cell]:.3f}: delete that folder")
-            else:
-                table[cell] = known[key]
-    return table
+            new = policy_table(run, todo, len(keys)).cpu()
+        if ((new - table).abs() > 0.5 + 0.02 * new.abs()).any():  # NaN compares false
+            raise Problem(f"the reference cache {run.args.cache} was made differently: it is off by"
+                          f" {(new - table).nan_to_num().abs().max():.2f} nats; delete that folder")
+        table = torch.where(table.isnan(), new, table)
+        with run.cache:  # one transaction: all or nothing
+            run.cache.executemany("INSERT OR IGNORE INTO logps VALUES (?, ?)", [
+                (key, row.numpy().tobytes()) for key, row in zip(keys, table)])
+    return table.to(run.args.device)
 
 
-def verify_start(run, policy, reference, loss):
+def compute(run, rows, keys, fresh=False):
+    """What to minimise, (records,), and what to log of it: {name: (records,)}."""
+    from symmpo import loss_terms, metrics
+    reference = reference_table(run, rows, keys, fresh)
+    policy = policy_table(run, rows, len(keys))
+    terms = loss_terms(run.args.objective, policy, reference, run.w)
+    loss = sum(terms.values())
+    if fresh == "verify":
+        verify_start(run, policy - reference, loss.mean().item())
+    return loss, {"loss": loss, **{f"loss/{name}": term for name, term in terms.items()},
+                  **metrics(policy, reference, run.w["beta"])}
+
+
+def verify_start(run, rho, loss):
     """Step 0: the adapter is zero, so rho must be 0 and the loss its closed form; else Problem."""
     from symmpo import loss_at_start
-    rho = (policy - reference).detach()
-    worst, size = rho[~rho.isnan()].abs().max().item(), policy[~policy.isnan()].abs().max().item()
-    tolerance = (1e-5 if run.args.dtype == "float32" else 1e-2) * size + 1e-3
+    worst, expected = rho.nan_to_num().abs().max().item(), loss_at_start(run.args.objective, run.w)
+    tolerance = 1e-3 if run.args.dtype == "float32" else 0.5  # nats; bf16 sums of ~150 tokens
     if not worst <= tolerance:
         raise Problem(f"policy and reference differ by {worst:.3g} nats before the first step; they"
-                      " are the same weights. Dropout, another dtype or another template does this")
-    expected = loss_at_start(run.args.objective, run.w)
-    if expected is not None and abs(loss - expected) > 1e-3 + tolerance:
+                      " are the same weights: dropout, another dtype or another template does this")
+    if expected is not None and abs(loss - expected) > tolerance:
         raise Problem(f"the loss before the first step is {loss:.5f}, its closed form {expected:.5f}")
-    print(f"step 0      rho = 0 within {worst:.1g} nats; loss {loss:.6f}, closed form "
+    print(f"step 0      rho = 0 within {worst:.1g} nats, loss {loss:.6f}, closed form "
           + (f"{expected:.6f}" if expected is not None else "none"))
 
 
 # --- batches -------------------------------------------------------------------------------------
 
 
-class RowData:
-    """Record number -> (number, its rows or the Problem it has), for the DataLoader's workers."""
+def load(run, records, i):
+    """Record i as (number, key, rows), or (number, None, Problem). Runs in the workers.
 
-    def __init__(self, run, records):
-        args, self.records = run.args, records
-        self.how = dict(processor=run.processor, fmt=run.fmt, cells=run.cells, seed=args.seed,
-                        max_length=args.max_length, no_image=args.no_image,
-                        allow_outside=args.allow_outside)
-
-    def __getitem__(self, i):
-        try:
-            rows = data.build_rows(self.records[i], **self.how)
-            return i, [{**row, "keys": row_keys(row)} for row in rows]
-        except Problem as e:
-            return i, e
+    The key is a hash of all that the model sees: tokens, pixels, cells. Template, tokenizer,
+    image processing and data are in it without being named.
+    """
+    args = run.args
+    try:
+        rows = data.build_rows(records[i], run.processor, run.fmt, run.cells, seed=args.seed,
+                               max_length=args.max_length, no_image=args.no_image,
+                               allow_outside=args.allow_outside)
+    except Problem as e:
+        return i, None, e
+    seen = hashlib.blake2b(digest_size=16)
+    for row in rows:
+        for name, value in [*sorted(row["inputs"].items()), *zip(row["cells"], row["responses"])]:
+            seen.update(f"{name} {tuple(value.shape)}".encode() + value.numpy().tobytes())
+    return i, seen.digest(), rows
 
 
 def batch_of(step, n, args):
@@ -307,7 +288,7 @@ def batch_of(step, n, args):
     return order[place * args.batch_size:(place + 1) * args.batch_size].tolist()
 
 
-def micro_batches(start, n, args, rank=0, world=1):
+def micro_batches(start, n, args, rank, world):
     """This process's record numbers from step `start` on, a list per forward pass."""
     for step in range(start, args.steps):
         mine = batch_of(step, n, args)[rank::world]
@@ -315,44 +296,40 @@ def micro_batches(start, n, args, rank=0, world=1):
 
 
 def merge(items, args, skipped):
-    """Rows of a micro-batch, numbered by their record's place in it: (rows, record numbers)."""
-    rows, used = [], []
-    for number, item in items:
-        if isinstance(item, Problem):
-            if not args.skip_bad:
-                raise Problem(f"{item}\n--skip-bad goes on without such records; "
-                              f"`python data.py check {args.data}` lists them all")
+    """A micro-batch as (rows, keys), rows numbered by their record's place in it.
+
+    Raises the Problem of an unusable record, or with --skip-bad notes it in `skipped`.
+    """
+    rows, keys = [], []
+    for number, key, item in items:
+        if key is None and not args.skip_bad:
+            raise Problem(f"{item}\n--skip-bad goes on without such records; "
+                          f"`python data.py check {args.data}` lists them all")
+        if key is None:
             skipped[number] = str(item)
             continue
-        rows += [{**row, "cells": [(len(used), i, y) for _, i, y in row["cells"]]} for row in item]
-        used.append(number)
-    return rows, used
+        rows += [{**row, "cells": [(len(keys), i, y) for _, i, y in row["cells"]]} for row in item]
+        keys.append(key)
+    return rows, keys
 
 
 # --- checkpoints and logs ------------------------------------------------------------------------
 
 
 def claim_folder(args):
-    """Lock the run's folder; returns the checkpoint to go on from, or None for a new run.
-
-    Raises Problem when the folder holds a run (and --resume is not given) or is in use.
-    """
+    """(lock, checkpoint): the run's folder is ours until the lock is closed or forgotten; the
+    checkpoint to go on from is None for a new run. Raises Problem when the folder is in use or
+    holds a run that --resume was not given for."""
     args.out.mkdir(parents=True, exist_ok=True)
-    args.lock = open(args.out / ".lock", "w")  # held until the process ends
-    try:
-        fcntl.flock(args.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
-        raise Problem(f"{args.out}: another process is writing into this folder") from e
     found = sorted(args.out.glob("checkpoint-*[0-9]"), key=lambda p: int(p.name.split("-")[1]))
     if not args.resume and (found or (args.out / "metrics.jsonl").exists()):
         raise Problem(f"{args.out}: holds another run; choose another --out, or --resume it")
-    return found[-1] if found else None
-
-
-def identity(run):
-    """What makes a run this run: every option that shapes its numbers, and the base weights."""
-    options = {k: v for k, v in vars(run.args).items() if k not in MAY_CHANGE + ("lock",)}
-    return {**options, **run.w, "base": run.base, "format": run.fmt, "records": len(run.records)}
+    lock = open(args.out / ".lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        raise Problem(f"{args.out}: another process is writing into this folder") from e
+    return lock, (found[-1] if found else None)
 
 
 def save_checkpoint(run, step, optimizer):
@@ -365,11 +342,8 @@ def save_checkpoint(run, step, optimizer):
     run.policy.save_pretrained(temporary)
     rng = [torch.get_rng_state()] + torch.cuda.get_rng_state_all() * torch.cuda.is_available()
     torch.save({"optimizer": optimizer.state_dict(), "rng": rng}, temporary / "state.pt")
-    (temporary / "run.json").write_text(json.dumps(identity(run), indent=1))
-    for path in [*temporary.iterdir(), temporary]:
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+    (temporary / "run.json").write_text(json.dumps(run.identity, indent=1))
+    os.sync()
     temporary.rename(final)
     for old in run.args.out.glob("checkpoint-*[0-9]"):
         if old != final:
@@ -381,8 +355,9 @@ def load_checkpoint(run, folder, optimizer):
     metrics.jsonl from after the checkpoint are dropped. Raises Problem for another run's folder."""
     import torch
     from peft import load_peft_weights, set_peft_model_state_dict
-    old, new = json.loads((folder / "run.json").read_text()), json.loads(json.dumps(identity(run)))
-    changed = [f"{k} was {old.get(k)!r}, is {v!r}" for k, v in new.items() if old.get(k) != v]
+    old = json.loads((folder / "run.json").read_text())
+    changed = [f"{k} was {old.get(k)!r}, is {v!r}" for k, v in run.identity.items()
+               if old.get(k) != v]
     if changed:
         raise Problem(f"{folder}: cannot resume, this is another run: {'; '.join(changed)}")
     set_peft_model_state_dict(run.policy, load_peft_weights(folder, device="cpu"))
@@ -408,19 +383,19 @@ def plot_curves(out):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    panels = {"loss (nats)": ["loss", "eval/loss"], "log p(chosen) (nats)": [
-        "logps/chosen", "eval/logps/chosen"], "preference accuracy": [
-        "rewards/accuracies", "pair/accuracy_m", "eval/rewards/accuracies"],
-        "margin (nats)": ["rewards/margins", "pair/margin_m", "pair/margin_m_contrast"]}
     rows = read_metrics(out)
     figure, axes = plt.subplots(1, 4, figsize=(16, 3.6), layout="constrained")
-    for axis, (title, names) in zip(axes, panels.items()):
-        for name in names:
+    for axis, title, names in zip(
+            axes, ("loss (nats)", "preference accuracy", "margin (nats)", "log p(chosen) (nats)"),
+            ("loss", "rewards/accuracies pair/accuracy_m", "rewards/margins pair/margin_m "
+             "pair/margin_m_contrast", "logps/chosen")):
+        for name in [n for name in names.split() for n in (name, f"eval/{name}")]:
             points = [(row["step"], row[name]) for row in rows if name in row]
             if points:
                 axis.plot(*zip(*points), "o--" if "eval" in name else "-", ms=4, label=name)
         axis.set(title=title, xlabel="optimiser step")
-        axis.legend(fontsize=8)
+        if axis.lines:
+            axis.legend(fontsize=8)
     figure.savefig(out / "curves.png", dpi=110)
     plt.close(figure)
 
@@ -431,12 +406,11 @@ def plot_curves(out):
 def print_facts(run, rows):
     """What this run is, before it starts: every number printed is the one that is used."""
     args = run.args
-    count = {n: sum(p.numel() for p in run.policy.parameters() if p.requires_grad or not n)
-             for n in (0, 1)}
+    whole, trained = run.policy.num_parameters(), run.policy.num_parameters(only_trainable=True)
     where = {name.split(".layers.")[0] for name, p in run.policy.named_parameters()
              if p.requires_grad}
-    print(f"model       {args.model}, {count[0]:,} parameters, {args.dtype} on {args.device}\n"
-          f"trained     {count[1]:,} parameters in {', '.join(where)}; LoRA rank {args.lora_r}, "
+    print(f"model       {args.model}, {whole:,} parameters, {args.dtype} on {args.device}\n"
+          f"trained     {trained:,} parameters in {', '.join(where)}; LoRA rank {args.lora_r}, "
           f"alpha {args.lora_alpha}, dropout {args.lora_dropout:g}\n"
           f"data        {args.data}, {len(run.records):,} records\n"
           f"objective   {args.objective}, {', '.join(f'{k} {v}' for k, v in run.w.items())}\n"
@@ -446,39 +420,28 @@ def print_facts(run, rows):
           f"output      {args.out}\n{data.describe(run.processor, run.fmt, rows[0])}")
 
 
-def compute(run, rows, records, fresh=False):
-    """Loss terms {name: (records,)} and the two tables they come from."""
-    from symmpo import loss_terms
-    reference = reference_table(run, rows, records, fresh)
-    policy = policy_table(run, rows, records)
-    return loss_terms(run.args.objective, policy, reference, run.w), policy, reference
-
-
 def held_out(run, step):
     """Held-out loss and metrics {eval/name: mean}; two greedy samples go to samples.jsonl."""
     import torch
     from evaluate import generate_batch
-    from symmpo import metrics
-    sums, seen = Counter(), RowData(run, run.held_out)
-    run.policy.eval()
+    sums = Counter()
     with torch.no_grad():
         for i in range(len(run.held_out)):
-            rows, used = merge([seen[i]], run.args, {})
-            if used:
-                terms, policy, reference = compute(run, rows, 1)
-                found = metrics(policy, reference, run.w["beta"])
-                sums.update({"loss": sum(terms.values()).item(), "n": 1,
-                             **{k: v.item() for k, v in found.items()}})
-        records = [run.held_out[i] for i in range(min(2, len(run.held_out)))]
-        images = [data.open_image(r["image"], r["root"]) for r in records]
-        samples = generate_batch(run.policy, run.processor, run.fmt,
-                                 [r["prompt"] for r in records], images, max_new_tokens=128)
+            rows, keys = merge([load(run, run.held_out, i)], run.args, {})
+            if rows:
+                found = compute(run, rows, keys)[1]
+                sums.update({"records": 1, **{k: v.item() for k, v in found.items()}})
+    records = [run.held_out[i] for i in range(min(2, len(run.held_out)))]
+    images = [data.open_image(r["image"], r["root"]) for r in records]
+    run.policy.eval()
+    samples = generate_batch(run.policy, run.processor, run.fmt, [r["prompt"] for r in records],
+                             images, max_new_tokens=128)
     run.policy.train()
     with open(run.args.out / "samples.jsonl", "a") as f:
         for record, sample in zip(records, samples):
-            f.write(json.dumps({"step": step, "prompt": record["prompt"], "sample": sample,
-                                "chosen": record["chosen"]}, ensure_ascii=False) + "\n")
-    return {f"eval/{k}": v / sums["n"] for k, v in sums.items() if k != "n"}
+            line = {"step": step, "prompt": record["prompt"], "sample": sample}
+            f.write(json.dumps({**line, "chosen": record["chosen"]}, ensure_ascii=False) + "\n")
+    return {f"eval/{k}": v / sums["records"] for k, v in sums.items() if k != "records"}
 
 
 def over_processes(sums):
@@ -495,12 +458,11 @@ def train(args):
     """The loop: lr, micro-batches, clip, step, log, evaluate, save. Returns the run and its end."""
     import torch
     import torch.distributed as dist
-    from symmpo import metrics
     from tqdm import tqdm
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
-    checkpoint = claim_folder(args) if rank == 0 else None
+    lock, checkpoint = claim_folder(args) if rank == 0 else (None, None)
     run = prepare(args)
     weights = [p for p in run.policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=args.lr, weight_decay=args.weight_decay)
@@ -514,8 +476,9 @@ def train(args):
         signal.signal(name, lambda number, _: stopped.append(number))
     n = len(run.records)
     batches = iter(torch.utils.data.DataLoader(
-        RowData(run, run.records), batch_sampler=micro_batches(start, n, args, rank, world),
-        collate_fn=list, num_workers=args.workers))
+        range(n), batch_sampler=micro_batches(start, n, args, rank, world),
+        collate_fn=lambda numbers: [load(run, run.records, i) for i in numbers],
+        num_workers=args.workers))
     bar = tqdm(total=args.steps, initial=start, unit="step", disable=rank > 0 or None)
     for step in range(start, args.steps):
         # Learning rate: linear warm-up, then half a cosine down to 0.
@@ -529,22 +492,18 @@ def train(args):
         began, sums, numbers = time.time(), Counter(), []
         share = len(batch_of(step, n, args)[rank::world])
         for _ in range(math.ceil(share / args.micro_batch)):
-            rows, used = merge(next(batches), args, skipped)
-            if not used:
+            items = next(batches)
+            rows, keys = merge(items, args, skipped)
+            if not rows:
                 continue
-            if step == start and not numbers and rank == 0:
+            first = not sums and step == start
+            if first and rank == 0:
                 print_facts(run, rows)
-            first = step == start and not numbers
-            terms, policy, reference = compute(run, rows, len(used), fresh=first)
-            loss = sum(terms.values())
-            if first and step == 0:
-                verify_start(run, policy, reference, loss.mean().item())
-            numbers += used
+            loss, found = compute(run, rows, keys, fresh=first and ("verify" if step == 0 else True))
             loss.sum().backward()
-            found = {"loss": loss, **{f"loss/{k}": v for k, v in terms.items()},
-                     **metrics(policy, reference, run.w["beta"])}
-            sums.update({k: v.sum().item() for k, v in found.items()})
-            sums.update({"records": len(used), "tokens": sum(
+            numbers += [number for number, *_ in items]
+            sums.update({name: value.sum().item() for name, value in found.items()})
+            sums.update({"records": len(keys), "tokens": sum(
                 row["inputs"]["input_ids"].numel() + sum(map(len, row["responses"]))
                 for row in rows)})
 

@@ -1,0 +1,273 @@
+"""The loop through its real command line, on a small LLaVA: exactness, resume, refusals."""
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import symmpo
+import train
+from conftest import ROOT, write_prefs
+
+FAST = "--lora-r 4 --lora-alpha 8 --lr 1e-2 --steps 3 --batch-size 4 --sample-every 99".split()
+
+
+@pytest.fixture
+def fit(llava, prefs, tmp_path, capsys):
+    """fit(*options) trains in this process and returns (loss per step, adapter, printed text)."""
+    count = iter(range(99))
+
+    def run(*options, out=None, data=prefs):
+        out = Path(out or tmp_path / f"run{next(count)}")
+        train.main(["--model", str(llava), "--data", str(data), "--out", str(out), "--cache",
+                    str(tmp_path / "cache"), *FAST, *map(str, options)])
+        lines = train.read_metrics(out)
+        adapter = load_file(sorted(out.glob("checkpoint-*"))[-1] / "adapter_model.safetensors")
+        return [line["loss"] for line in lines], adapter, capsys.readouterr().out
+    return run
+
+
+def refusal(capsys, *argv):
+    """The message of a command that must end with exit code 2."""
+    with pytest.raises(SystemExit) as e:
+        train.main([str(a) for a in argv])
+    assert e.value.code == 2
+    return capsys.readouterr().err
+
+
+def close(a, b, tolerance=2e-5):
+    return a.keys() == b.keys() and all((a[k] - b[k]).abs().max() < tolerance for k in a)
+
+
+def test_it_learns_and_says_what_it_does(fit):
+    losses, adapter, text = fit("--steps", 12)
+    assert losses[0] == pytest.approx(4 * 0.693147, abs=1e-4) and losses[-1] < 0.9 * losses[0]
+    for fact in ("12 records", "closed form 2.772589", "language_model", "ASSISTANT:", "</s>"):
+        assert fact in text
+    assert all("language_model" in name and "vision" not in name for name in adapter)
+    assert all(adapter[name].abs().max() > 0 for name in adapter)
+    targets = {name.split(".")[-3] for name in adapter}
+    assert targets == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_micro_batches_make_no_difference(fit):
+    one = fit("--micro-batch", 1)
+    four = fit("--micro-batch", 4)
+    assert one[0] == pytest.approx(four[0], abs=1e-5) and close(one[1], four[1])
+
+
+def test_shared_prefix_equals_plain(fit):
+    shared, plain = fit(), fit("--no-share-prefix")
+    assert shared[0] == pytest.approx(plain[0], abs=1e-5) and close(shared[1], plain[1])
+
+
+def test_gradient_checkpointing_changes_nothing_and_trains(fit):
+    plain, saving = fit(), fit("--grad-checkpointing")
+    assert plain[0] == pytest.approx(saving[0], abs=1e-5) and close(plain[1], saving[1])
+
+
+def test_last_short_batch_is_divided_by_its_real_size(fit):
+    """12 records, batches of 5: the third has two, and its mean is over two."""
+    losses, _, _ = fit("--batch-size", 5, "--steps", 6, "--lr", 1e-9)
+    assert losses == pytest.approx([4 * 0.693147] * 6, abs=1e-4)
+
+
+def test_resume_is_exact(fit, tmp_path, monkeypatch):
+    whole = fit("--steps", 6)
+    out = tmp_path / "cut"
+    real = symmpo.loss_terms
+    calls = iter(range(99))
+
+    def stop_in_step_4(*args):  # a signal, as Ctrl-C sends it
+        if next(calls) == 14:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args)
+    monkeypatch.setattr(symmpo, "loss_terms", stop_in_step_4)
+    with pytest.raises(SystemExit) as e:
+        fit("--steps", 6, out=out)
+    assert e.value.code == 130 and (out / "checkpoint-4").is_dir()
+    monkeypatch.undo()
+    resumed = fit("--steps", 6, "--resume", out=out)
+    assert resumed[0] == pytest.approx(whole[0], abs=1e-6) and close(resumed[1], whole[1], 1e-6)
+
+
+def test_kill_minus_nine_and_resume(llava, prefs, fit, tmp_path):
+    whole, out = fit("--steps", 8, "--save-every", 1), tmp_path / "killed"
+    command = [sys.executable, ROOT / "train.py", "--model", llava, "--data", prefs, "--out", out,
+               "--cache", tmp_path / "cache2", *FAST, "--steps", 8, "--save-every", 1]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    while not list(out.glob("checkpoint-[3-8]")) and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    resumed = fit("--steps", 8, "--save-every", 1, "--resume", out=out)
+    assert resumed[0] == pytest.approx(whole[0], abs=1e-5) and close(resumed[1], whole[1])
+
+
+def test_two_processes_equal_one(llava, prefs, fit, tmp_path):
+    one = fit("--batch-size", 5)
+    out = tmp_path / "two"
+    port = 20_000 + os.getpid() % 20_000
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                    f"--master_port={port}", ROOT / "train.py", "--model", llava, "--data", prefs,
+                    "--out", out, "--cache", tmp_path / "cache3", "--device", "cpu", *FAST,
+                    "--batch-size", "5"],
+                   check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    losses = [line["loss"] for line in train.read_metrics(out)]
+    adapter = load_file(next(out.glob("checkpoint-*")) / "adapter_model.safetensors")
+    assert losses == pytest.approx(one[0], abs=1e-5) and close(adapter, one[1])
+
+
+def test_one_folder_one_process(fit, tmp_path, capsys):
+    import fcntl
+    (tmp_path / "busy").mkdir()
+    with open(tmp_path / "busy" / ".lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit):
+            fit(out=tmp_path / "busy")
+    assert "another process" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [
+    ["--objective", "dpo"], ["--objective", "dpo", "--no-image"], ["--objective", "sft"],
+    ["--objective", "copo"], ["--objective", "mdpo", "--anchors", "yw,yl,ml"],
+    ["--lam", "0", "--gamma", "0", "--eta", "0"], ["--objective", "dpo", "--eta", "1"]])
+def test_every_objective_runs(fit, options):
+    losses, _, _ = fit(*options, "--steps", 2)
+    assert len(losses) == 2 and losses[1] == losses[1]
+
+
+def test_copo_draws_a_crop_when_there_is_no_contrast_image(fit, prefs):
+    short = prefs.parent / "short.jsonl"
+    keep = ("image", "prompt", "chosen", "rejected")
+    short.write_text("".join(json.dumps({k: json.loads(line)[k] for k in keep}) + "\n"
+                             for line in prefs.read_text().splitlines()))
+    assert len(fit("--objective", "mdpo", data=short)[0]) == 3
+
+
+def test_reference_is_computed_once(fit, monkeypatch):
+    counts = []
+    real = train.policy_table
+
+    def counting(run, rows, records):
+        counts.append(torch.is_grad_enabled())
+        return real(run, rows, records)
+    monkeypatch.setattr(train, "policy_table", counting)
+    fit("--steps", 6)
+    assert counts.count(True) == 24 and counts.count(False) == 12  # twice 12 records
+    counts.clear()
+    fit("--steps", 6)  # another run, the same cache
+    assert counts.count(False) == 1
+
+
+def test_a_wrong_cache_is_refused(fit, tmp_path, capsys):
+    import sqlite3
+    fit()
+    with sqlite3.connect(next((tmp_path / "cache").glob("*.sqlite"))) as cache:
+        wrong = torch.full((6,), -3.0).numpy().tobytes()
+        cache.execute("UPDATE logps SET nats = ?", (wrong,))
+    cache.close()
+    with pytest.raises(SystemExit):
+        fit()
+    assert "reference cache" in capsys.readouterr().err
+
+
+def test_step_0_catches_dropout(llava, fit, capsys, monkeypatch):
+    real = train.add_adapter
+
+    def with_dropout(model, args):
+        for module in model.modules():
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.5
+        return real(model, args)
+    monkeypatch.setattr(train, "add_adapter", with_dropout)
+    with pytest.raises(SystemExit):
+        fit()
+    assert "before the first step" in capsys.readouterr().err
+
+
+def test_non_finite_loss_names_the_records_and_saves(fit, tmp_path, capsys, monkeypatch):
+    real = symmpo.loss_terms
+    monkeypatch.setattr(symmpo, "loss_terms", lambda name, p, r, w: {
+        k: v * (math.nan if p.detach().sub(r).abs().nan_to_num().max() > 0 else 1)
+        for k, v in real(name, p, r, w).items()})
+    with pytest.raises(SystemExit):
+        fit(out=tmp_path / "nan")
+    message = capsys.readouterr().err
+    assert "step 1: loss nan" in message and re.search(r"record numbers \[\d+, \d+, \d+", message)
+    assert (tmp_path / "nan" / "checkpoint-1" / "adapter_model.safetensors").exists()
+
+
+def test_bad_input_is_named(llava, prefs, tmp_path, capsys, fit):
+    lines = prefs.read_text().splitlines()
+    del_rejected = {k: v for k, v in json.loads(lines[3]).items() if k != "rejected"}
+    broken = prefs.parent / "broken.jsonl"
+    gone = {**json.loads(lines[0]), "image": "gone.png"}
+    broken.write_text("\n".join([*lines, json.dumps(del_rejected), json.dumps(gone), "{"]) + "\n")
+    base = ["--model", llava, "--cache", tmp_path / "cache", *FAST]
+    for argv, reason in [
+        ([*base, "--data", tmp_path / "none.jsonl"], "no such file"),
+        ([*base, "--data", broken, "--steps", 9, "--out", tmp_path / "b"], f"{broken}:1"),
+        ([*base], "--data is missing"),
+        ([*base, "--data", prefs, "--lr", "0"], "--lr must be above 0"),
+        ([*base, "--data", prefs, "--resume"], "--resume needs --out"),
+        ([*base, "--data", prefs, "--anchors", "foo"], "known cells"),
+        ([*base, "--data", prefs, "--max-length", 40, "--out", tmp_path / "c"], "--max-length is 40"),
+        (["--model", tmp_path, "--data", prefs, "--out", tmp_path / "d"], "no vision-language model"),
+    ]:
+        assert reason in refusal(capsys, *argv)
+    for argv in (["--objective", "ppo"], ["--no-such-option"]):
+        assert refusal(capsys, *argv)
+    losses, _, text = fit("--skip-bad", "--steps", 4, data=broken)
+    assert len(losses) == 4 and text.count("left out: ") == 3
+    assert f"{broken}:13: the objective needs the field rejected" in text
+
+
+def test_a_folder_is_never_overwritten(fit, llava, prefs, tmp_path, capsys):
+    fit(out=tmp_path / "x")
+    base = ["--model", llava, "--data", prefs, "--cache", tmp_path / "cache", *FAST,
+            "--out", tmp_path / "x"]
+    assert "holds another run" in refusal(capsys, *base)
+    assert "lr was 0.01, is 0.5" in refusal(capsys, *base, "--resume", "--lr", "0.5")
+
+
+def test_unpackable_families_are_refused_by_name(tmp_path, prefs, llava, capsys):
+    import transformers
+    from families import tiny_model
+    model, _ = tiny_model("gemma3")
+    model.save_pretrained(tmp_path / "gemma")
+    transformers.AutoProcessor.from_pretrained(llava).save_pretrained(tmp_path / "gemma")
+    message = refusal(capsys, "--model", tmp_path / "gemma", "--data", prefs, "--out",
+                      tmp_path / "g", "--cache", tmp_path / "cache", *FAST)
+    assert "gemma3" in message and "--no-share-prefix" in message
+
+
+def test_help_starts_at_once():
+    began = time.time()
+    text = subprocess.run([sys.executable, ROOT / "train.py", "--help"], check=True,
+                          capture_output=True, text=True).stdout
+    assert time.time() - began < 1
+    for flag in ("--model", "--no-share-prefix", "--skip-bad", "--lora-alpha", "--gamma"):
+        assert flag in text
+
+
+def test_adapter_loads_with_peft(fit, llava, prefs, tmp_path):
+    import data
+    fit(out=tmp_path / "p")
+    folder = next((tmp_path / "p").glob("checkpoint-*"))
+    model, processor = data.load_model(str(llava), adapter=str(folder))
+    record = data.Records(prefs)[0]
+    rows = data.build_rows(record, processor, "vicuna", [(0, 0)])
+    with torch.no_grad():
+        tuned = symmpo.logp_table(model, rows, 1)[0, 0, 0]
+        with model.disable_adapter():
+            assert abs(symmpo.logp_table(model, rows, 1)[0, 0, 0] - tuned) > 1e-3
