@@ -21,6 +21,7 @@ import math
 
 import torch
 from torch.nn.functional import cross_entropy, logsigmoid
+from torch.nn.utils.rnn import pad_sequence
 
 M, M_ = 0, 1  # images: m and m'
 YW, YL, YW_ = 0, 1, 2  # responses: y_w, y_l and y'_w
@@ -232,17 +233,16 @@ def logp_table(model, rows, records, share_prefix=True, tokens_per_forward=0):
     share_prefix packs each row's responses behind one prefix. Rows are packed into one forward
     while they fit into tokens_per_forward; 0 means one row at a time (best on a CPU).
     """
-    chunks, size = [], 0
+    chunks, room = [], 0
     for row in rows:
-        tokens = row["inputs"]["input_ids"].shape[1] + sum(len(r) for r in row["responses"])
-        if chunks and size + tokens <= tokens_per_forward:
-            chunks[-1].append(row)
-            size += tokens
-        else:
-            chunks.append([row])
-            size = tokens
+        tokens = row["inputs"]["input_ids"].shape[1] + sum(map(len, row["responses"]))
+        if tokens > room:
+            chunks.append([])
+            room = tokens_per_forward
+        chunks[-1].append(row)
+        room -= tokens
     logps = packed_logps if share_prefix else plain_logps
-    sums = torch.cat([torch.stack([lp.sum() for lp in logps(model, chunk)]) for chunk in chunks])
+    sums = torch.stack([lp.sum() for chunk in chunks for lp in logps(model, chunk)])
     cells = [cell for row in rows for cell in row["cells"]]
     index = tuple(torch.tensor(cells, device=sums.device).T)
     return torch.full((records, 2, 3), math.nan, device=sums.device).index_put(index, sums)
@@ -258,32 +258,29 @@ def packed_logps(model, rows):
     predicts the first token of each response, and a response's last token is never an input.
     """
     ids, row_of, branch, position, keep, targets = [], [], [], [], [], []
-    start = 0
     for i, row in enumerate(rows):
-        prefix = row["inputs"]["input_ids"][0]
-        pieces = [prefix] + [response[:-1] for response in row["responses"]]
-        end = start + len(prefix)
-        last, begin = end - 1, end
-        for k, piece in enumerate(pieces):
-            offset = 0 if k == 0 else len(prefix)
-            position.append(torch.arange(offset, offset + len(piece)))
-            branch.append(torch.full((len(piece),), k))
-            if k > 0:
-                keep += [torch.tensor([last]), torch.arange(begin, begin + len(piece))]
-                begin += len(piece)
-        ids += pieces
-        row_of.append(torch.full((begin - start,), i))
-        targets += row["responses"]
-        start = begin
-    device = next(model.parameters()).device
-    ids, row_of, branch, position, keep, labels = (
-        torch.cat(x).to(device) for x in (ids, row_of, branch, position, keep, targets))
+        prefix, responses = row["inputs"]["input_ids"][0], row["responses"]
+        for k, piece in enumerate([prefix] + [response[:-1] for response in responses]):
+            start, first = len(row_of), len(prefix) if k > 0 else 0
+            ids.append(piece)
+            row_of += [i] * len(piece)
+            branch += [k] * len(piece)
+            position += range(first, first + len(piece))
+            if k == 0:
+                last = len(row_of) - 1
+            else:
+                keep += [last, *range(start, len(row_of))]
+        targets += responses
+    device = _base(model).device
+    ids, labels = torch.cat(ids).to(device), torch.cat(targets).to(device)
+    row_of, branch, position, keep = (
+        torch.tensor(x, device=device) for x in (row_of, branch, position, keep))
     hidden = language_model(model)(
         inputs_embeds=_embed(model, rows, ids), position_ids=position[None],
         attention_mask=branch_mask(row_of, branch), use_cache=False).last_hidden_state[0]
     logits = _base(model).get_output_embeddings()(hidden[keep])
-    return (-cross_entropy(logits.float(), labels, reduction="none")).split(
-        [len(r) for r in targets])
+    logps = -cross_entropy(logits.float(), labels, reduction="none")
+    return logps.split([len(response) for response in targets])
 
 
 def branch_mask(row_of, branch):
@@ -302,23 +299,21 @@ def plain_logps(model, rows):
     The model's own forward gets the processor's own tensors, repeated for each response; this is
     the tests' oracle and the way of families whose attention or positions do not allow packing.
     """
-    device, out = next(model.parameters()).device, []
+    out, device = [], _base(model).device
     for row in rows:
         n, length = len(row["responses"]), row["inputs"]["input_ids"].shape[1]
-        padded = torch.nn.utils.rnn.pad_sequence(row["responses"], batch_first=True)
-        real = torch.nn.utils.rnn.pad_sequence(
-            [torch.ones_like(r) for r in row["responses"]], batch_first=True)
-        inputs = {key: value.repeat(n, *[1] * (value.dim() - 1))
-                  for key, value in row["inputs"].items()}
-        for key, value in inputs.items():  # tensors along the text grow with it; masks by length
-            if value.shape[:2] == (n, length):
+        padded = pad_sequence(row["responses"], batch_first=True)
+        real = pad_sequence([torch.ones_like(r) for r in row["responses"]], batch_first=True)
+        inputs = {}
+        for key, value in row["inputs"].items():
+            value = value.repeat(n, *[1] * (value.dim() - 1))
+            if value.shape[:2] == (n, length):  # along the text: grows with it, masked by length
                 more = {"input_ids": padded, "attention_mask": real}.get(key, 0 * padded)
-                inputs[key] = torch.cat([value, more.to(value.dtype)], dim=1)
-        inputs = {key: value.to(device) for key, value in inputs.items()}
-        logits = model(**inputs, use_cache=False).logits[:, length - 1:-1]
-        for k, response in enumerate(row["responses"]):
-            out.append(-cross_entropy(logits[k, :len(response)].float(), response.to(device),
-                                      reduction="none"))
+                value = torch.cat([value, more.to(value.dtype)], dim=1)
+            inputs[key] = value.to(device)
+        logits = model(**inputs, use_cache=False).logits[:, length - 1:-1].float()
+        out += [-cross_entropy(logits[k, :len(r)], r.to(device), reduction="none")
+                for k, r in enumerate(row["responses"])]
     return out
 
 
@@ -326,14 +321,13 @@ def image_features(model, row):
     """(tokens, width) features of a row's image: computed once, by frozen weights, and kept, so
     that policy and reference share them. Moving the pixels to the device happens here."""
     if "features" not in row:
-        weight = _base(model).get_input_embeddings().weight
-        images = {key: value.to(weight.device, weight.dtype if value.is_floating_point() else None)
+        base = _base(model)
+        images = {key: value.to(base.device, base.dtype if value.is_floating_point() else None)
                   for key, value in row["inputs"].items()
                   if key not in ("input_ids", "attention_mask")}
         with torch.no_grad():
-            found = _base(model).get_image_features(**images, return_dict=True).pooler_output
-        found = found if torch.is_tensor(found) else torch.cat([f.flatten(0, -2) for f in found])
-        row["features"] = found.flatten(0, -2)
+            found = base.get_image_features(**images, return_dict=True).pooler_output
+        row["features"] = torch.cat([image.flatten(0, -2) for image in found])
     return row["features"]
 
 
