@@ -35,7 +35,8 @@ PACKABLE = ("llava", "llava_next", "llava_onevision", "idefics3", "smolvlm", "in
 
 TINY_PRESET = dict(model=TINY / "model", data=TINY / "prefs.jsonl", eval_data=TINY / "val.jsonl",
                    steps=100, batch_size=16, lr=5e-4, lora_r=16, lora_alpha=32, warmup=0.1)
-MAY_CHANGE = ("resume", "out", "save_every", "sample_every", "workers", "tensorboard", "cache")  # what a resumed run may set anew; everything else makes it another run
+# What a resumed run may set anew; every other option makes it another run.
+MAY_CHANGE = ("resume", "out", "save_every", "sample_every", "workers", "tensorboard", "cache")
 
 
 def options():
@@ -351,8 +352,9 @@ def save_checkpoint(run, step, optimizer):
 
 
 def load_checkpoint(run, folder, optimizer):
-    """Put adapter, optimiser and random state back and return the step to go on with; lines of
-    metrics.jsonl from after the checkpoint are dropped. Raises Problem for another run's folder."""
+    """Put adapter, optimiser and random state back and return the step to go on with.
+
+    Raises Problem for another run's checkpoint."""
     import torch
     from peft import load_peft_weights, set_peft_model_state_dict
     old = json.loads((folder / "run.json").read_text())
@@ -366,15 +368,13 @@ def load_checkpoint(run, folder, optimizer):
     torch.set_rng_state(state["rng"][0])
     if len(state["rng"]) > 1:
         torch.cuda.set_rng_state_all(state["rng"][1:])
-    step = int(folder.name.split("-")[1])
-    kept = [line for line in read_metrics(run.args.out) if line["step"] <= step]
-    (run.args.out / "metrics.jsonl").write_text("".join(json.dumps(k) + "\n" for k in kept))
-    return step
+    return int(folder.name.split("-")[1])
 
 
 def read_metrics(out):
     """The whole lines of metrics.jsonl; a crash may have torn the last one."""
-    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    path = out / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}\n")]
 
 
@@ -383,19 +383,17 @@ def plot_curves(out):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    rows = read_metrics(out)
+    rows, panels = read_metrics(out), {
+        "loss (nats)": ["loss"], "preference accuracy": ["rewards/accuracies", "pair/accuracy_m"],
+        "reward margin": ["rewards/margins"], "log p(chosen) (nats)": ["logps/chosen"]}
     figure, axes = plt.subplots(1, 4, figsize=(16, 3.6), layout="constrained")
-    for axis, title, names in zip(
-            axes, ("loss (nats)", "preference accuracy", "margin (nats)", "log p(chosen) (nats)"),
-            ("loss", "rewards/accuracies pair/accuracy_m", "rewards/margins pair/margin_m "
-             "pair/margin_m_contrast", "logps/chosen")):
-        for name in [n for name in names.split() for n in (name, f"eval/{name}")]:
+    for axis, (title, names) in zip(axes, panels.items()):
+        for name in names + [f"eval/{name}" for name in names]:
             points = [(row["step"], row[name]) for row in rows if name in row]
             if points:
                 axis.plot(*zip(*points), "o--" if "eval" in name else "-", ms=4, label=name)
+                axis.legend(fontsize=8)
         axis.set(title=title, xlabel="optimiser step")
-        if axis.lines:
-            axis.legend(fontsize=8)
     figure.savefig(out / "curves.png", dpi=110)
     plt.close(figure)
 
@@ -420,10 +418,10 @@ def print_facts(run, rows):
           f"output      {args.out}\n{data.describe(run.processor, run.fmt, rows[0])}")
 
 
-def held_out(run, step):
-    """Held-out loss and metrics {eval/name: mean}; two greedy samples go to samples.jsonl."""
+def held_out(run):
+    """{eval/name: mean} over the held-out records, and two greedy samples."""
     import torch
-    from evaluate import generate_batch
+    from respond import generate
     sums = Counter()
     with torch.no_grad():
         for i in range(len(run.held_out)):
@@ -433,25 +431,24 @@ def held_out(run, step):
                 sums.update({"records": 1, **{k: v.item() for k, v in found.items()}})
     records = [run.held_out[i] for i in range(min(2, len(run.held_out)))]
     images = [data.open_image(r["image"], r["root"]) for r in records]
+    prompts = [record["prompt"] for record in records]
     run.policy.eval()
-    samples = generate_batch(run.policy, run.processor, run.fmt, [r["prompt"] for r in records],
-                             images, max_new_tokens=128)
+    samples = generate(run.policy, run.processor, run.fmt, prompts, images, max_new_tokens=128)
     run.policy.train()
-    with open(run.args.out / "samples.jsonl", "a") as f:
-        for record, sample in zip(records, samples):
-            line = {"step": step, "prompt": record["prompt"], "sample": sample}
-            f.write(json.dumps({**line, "chosen": record["chosen"]}, ensure_ascii=False) + "\n")
-    return {f"eval/{k}": v / sums["records"] for k, v in sums.items() if k != "records"}
+    means = {f"eval/{name}": value / sums["records"] for name, value in sums.items()}
+    return {**means, "samples": [f"{p} -> {y}" for p, y in zip(prompts, samples)]}
 
 
 def over_processes(sums):
     """Add up {name: number} over all processes of torchrun."""
     import torch.distributed as dist
-    if not dist.is_initialized():
-        return sums
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, sums)
-    return sum(everyone, Counter())
+    if dist.is_initialized():
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, sums)
+        sums = Counter()
+        for part in everyone:  # not with +, which drops what is not positive
+            sums.update(part)
+    return sums
 
 
 def train(args):
@@ -471,10 +468,12 @@ def train(args):
         start = over_processes(Counter(start=start))["start"]
         for p in weights:  # rank 0's adapter is everybody's, fresh or resumed
             dist.broadcast(p.data, 0)
-    stopped, skipped = [], {}
-    for name in (signal.SIGINT, signal.SIGTERM):  # finish the step, save, then leave
-        signal.signal(name, lambda number, _: stopped.append(number))
-    n = len(run.records)
+    kept = [line for line in read_metrics(args.out) if line["step"] <= start]
+    if rank == 0:  # what was logged after the checkpoint will be logged again
+        (args.out / "metrics.jsonl").write_text("".join(json.dumps(k) + "\n" for k in kept))
+    n, done, stopped, skipped = len(run.records), start, [], {}
+    handlers = {name: signal.signal(name, lambda number, _: stopped.append(number))
+                for name in (signal.SIGINT, signal.SIGTERM)}  # finish the step, save, then leave
     batches = iter(torch.utils.data.DataLoader(
         range(n), batch_sampler=micro_batches(start, n, args, rank, world),
         collate_fn=lambda numbers: [load(run, run.records, i) for i in numbers],
@@ -508,6 +507,7 @@ def train(args):
                 for row in rows)})
 
         # One gradient for all processes, its norm clipped, one step of AdamW.
+        sums.update({"stopped": len(stopped)})
         sums = over_processes(sums)
         for p in weights:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -525,25 +525,26 @@ def train(args):
 
         # Log, look at held-out records, save. The means are over the whole optimiser step.
         line = {k: v / max(1, sums["records"]) for k, v in sums.items()
-                if k not in ("records", "tokens")}
+                if k not in ("records", "tokens", "stopped")}
         line.update({"lr": lr, "grad_norm": norm, "records": sums["records"],
                      "tokens_per_second": sums["tokens"] / (time.time() - began)})
         done = step + 1
-        last = done == args.steps or stopped
         if rank == 0:
             if len(run.held_out) and (done % args.sample_every == 0 or done == args.steps):
-                line.update(held_out(run, done))
+                line.update(held_out(run))
             with open(args.out / "metrics.jsonl", "a") as f:
                 f.write(json.dumps({"step": done, **line}) + "\n")
-            if done % args.save_every == 0 or last:
+            if done % args.save_every == 0 or done == args.steps or sums["stopped"]:
                 save_checkpoint(run, done, optimizer)
                 plot_curves(args.out)
         bar.update()
         bar.set_postfix({k.rpartition("/")[2]: f"{line[k]:.3g}" for k in (
             "loss", "rewards/accuracies", "rewards/margins", "tokens_per_second") if k in line})
-        if stopped:
+        if sums["stopped"]:
             break
     bar.close()
+    for name, handler in handlers.items():
+        signal.signal(name, handler)
     return run, done, skipped
 
 
