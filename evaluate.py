@@ -39,23 +39,22 @@ BENCHMARKS = json.loads((BUNDLED / "benchmarks.json").read_text())  # their file
 
 def read(path):
     """A JSON file's value, or the list of values in a JSONL or parquet file."""
-    values, place, path = [], 0, Path(path)
+    path, values, place, text = Path(path), [], 0, ""
     try:
         if path.suffix == ".parquet":
             import pyarrow.parquet
             return pyarrow.parquet.read_table(path).to_pylist()
         text = path.read_text(encoding="utf-8-sig").strip()
-        if text.startswith("version https://git-lfs"):
-            raise Problem(f"{path}: a Git LFS pointer, not the file; `git lfs pull` fetches it")
         while place < len(text):
             value, place = json.JSONDecoder().raw_decode(text, place)
             values.append(value)
             place = re.compile(r"\s*").match(text, place).end()
-    except json.JSONDecodeError as e:
-        raise Problem(f"{path}:{e.lineno}: not valid JSON ({e.msg})") from e
     except (OSError, ValueError, ImportError) as e:
-        raise Problem(f"{path}: cannot be read ({e})") from e
-    return values[0] if len(values) == 1 else values
+        why = ("a Git LFS pointer, not the file itself; `git lfs pull` fetches it"
+               if text.startswith("version https://git-lfs") else f"cannot be read: {e}")
+        raise Problem(f"{path}: {why}") from e
+    lone = len(values) == 1 and (path.suffix != ".jsonl" or isinstance(values[0], list))
+    return values[0] if lone else values
 
 
 def write(path, text):
@@ -121,19 +120,18 @@ def score(benchmark, answers, folder, judgements=None, protocol="symmpo", dimens
     de da dr) and similar (pairs of words): AMBER's. Percent, except MMHal's score (0-6). Raises
     Problem where the official scorer crashes and no correct number exists.
     """
-    answers, text = [answers] if isinstance(answers, dict) else answers, None
+    spec = BENCHMARKS[benchmark]
+    for number, row in enumerate(answers, 1):
+        for name in spec["fields"]:
+            kind = str if name == spec["answer"] else (str, int)
+            if not isinstance(row, dict) or not isinstance(row.get(name), kind):
+                raise Problem(f"answer {number}: the field {name} is missing or of a wrong type")
     if not answers:
         raise Problem("there are no answers to score")
-    for number, row in enumerate(answers, 1):
-        for name in BENCHMARKS[benchmark]["fields"]:
-            if not isinstance(row, dict) or row.get(name) is None:
-                raise Problem(f"answer {number}: the field {name} is missing")
-            text = text or name  # the first field is what the model said
-            if not isinstance(row[text], str):
-                raise Problem(f"answer {number}: the field {text} must be text")
-    metrics, reading = SCORERS[benchmark](
-        answers, folder=folder, protocol=protocol, dimension=dimension, similar=similar,
-        judgements=None if judgements is None else judge_texts(judgements, len(answers)))
+    if judgements is not None:
+        judgements = judge_texts(judgements, len(answers))
+    metrics, reading = SCORERS[benchmark](answers, folder=folder, judgements=judgements,
+                                          protocol=protocol, dimension=dimension, similar=similar)
     return {"benchmark": benchmark, "protocol": protocol, "n": len(answers), "reading": reading,
             "metrics": metrics}
 
@@ -143,11 +141,10 @@ def judge_texts(replies, count):
     if len(replies) != count:
         raise Problem(f"{len(replies)} judgements for {count} answers: one an answer, in order")
     try:
-        texts = [r if not isinstance(r, dict) else r["text"] if "text" in r else
-                 r["choices"][0]["message"]["content"] for r in replies]
+        return [(r if not isinstance(r, dict) else r["text"] if "text" in r else
+                 r["choices"][0]["message"]["content"]) or "" for r in replies]
     except (LookupError, TypeError) as e:
         raise Problem("judgements must be texts or chat completion objects") from e
-    return [text or "" for text in texts]
 
 
 def score_hallusionbench(answers, judgements, **_):
@@ -335,8 +332,11 @@ def score_objhal(answers, folder, judgements, **_):
     else:
         nlp, name = spacy_model("en_core_web_trf"), "spacy_noun_lemma_table.json"
         table = read(find(folder, name, bundled="objhal"))
-        lists = [[] if short(text) else object_list(reply)
-                 for text, reply in zip(texts, judgements)]
+        try:
+            lists = [[] if short(text) else object_list(reply)
+                     for text, reply in zip(texts, judgements)]
+        except ValueError as e:
+            raise Problem(f"a judgement is {e}; judge again") from e
         found = [mentions(list(dict.fromkeys(o for phrase in phrases for o in phrase_objects(
             phrase, doubles, table, nlp)))) for phrases in lists]
         reading = f"judge; {'en_core_web_trf' if nlp else 'lemma table, no tagger'}"
@@ -365,13 +365,13 @@ def merge(lemmas, doubles, keep=True):
 
 
 def object_list(reply):
-    """The phrases in the judge's JSON list, which is the reply or its last line."""
+    """The phrases in the judge's JSON list, which is the reply or its last line, or ValueError."""
     for text in [reply] + [reply.strip().split("\n")[-1]] * ('["' in reply):
         try:
             return [phrase + "" for phrase in json.loads(text)]
         except (ValueError, TypeError):
             pass
-    raise Problem(f"a judgement is not a JSON list of objects; judge again. It says: {reply[:80]!r}")
+    raise ValueError(f"not a JSON list of objects: {reply[:80]!r}")
 
 
 def phrase_objects(phrase, doubles, table, nlp):
@@ -493,7 +493,7 @@ def measure(model, processor, fmt, folder, benchmark="amber", protocol="symmpo",
     """Generate and score in memory, without a file: what `score` returns."""
     field, items = BENCHMARKS[benchmark]["answer"], questions(benchmark, folder, protocol)
     texts = respond(model, processor, fmt, items, **decoding)
-    answers = [{**record, field: text} for (*_, record), text in zip(items, texts)]
+    answers = [{**record, field: text} for text, (*_, record) in zip(texts, items)]
     return score(benchmark, answers, folder, protocol=protocol)
 
 
@@ -523,14 +523,12 @@ def in_order(replies, number=0):
         raise Problem(f"{failed} requests got no usable reply; the same command asks them again")
 
 
-def fingerprint(path):
-    """A short hash of a model or adapter: names, sizes and ends of its files (or of its name)."""
-    digest = hashlib.sha256(b"" if Path(path).is_dir() else str(path).encode())
-    for file in sorted(f for f in Path(path).glob("*") if f.is_file()):
-        with open(file, "rb") as f:
-            digest.update(f"{file.name} {file.stat().st_size}".encode() + f.read(2**20))
-            f.seek(max(0, file.stat().st_size - 2**20))
-            digest.update(f.read())
+def fingerprint(folder):
+    """A hash of the files of a model or adapter, or of the name of one that is no folder."""
+    digest = hashlib.sha256(str(folder).encode() if not Path(folder).is_dir() else b"")
+    for path in sorted(p for p in Path(folder).glob("*") if p.is_file()):
+        with open(path, "rb") as f:
+            digest.update(path.name.encode() + hashlib.file_digest(f, "sha256").digest())
     return digest.hexdigest()[:16]
 
 
@@ -539,13 +537,16 @@ def fingerprint(path):
 
 def models(args):
     """(adapter or None, model, processor) of each row, from one load of the model."""
+    lost = [a for a in args.adapter if args.server or not Path(a, "adapter_config.json").is_file()]
+    if lost:
+        raise Problem(f"{lost[0]}: " + ("adapters cannot be sent to a server; name the model that "
+                      "it serves with --model" if args.server else "no PEFT adapter in there"))
     if args.server:
         yield None, None, None
         return
     import torch
     from peft import PeftModel
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, processor = data.load_model(args.model, device)
+    model, processor = data.load_model(args.model, "cuda" if torch.cuda.is_available() else "cpu")
     if len(args.adapter) != 1:
         yield None, model, processor
     for adapter in args.adapter:
@@ -574,7 +575,7 @@ def generate(args):
             texts = respond(model, processor, fmt, items[done:], args.batch_size, args.seed,
                             **decoding)
         with open(path, "a", encoding="utf-8") as f:
-            for (*_, record), text in zip(items[done:], texts):
+            for text, (*_, record) in zip(texts, items[done:]):
                 f.write(json.dumps({**record, BENCHMARKS[args.benchmark]["answer"]: text}) + "\n")
                 f.flush()
         yield path.parent
@@ -593,16 +594,20 @@ def answered(path, settings):
 
 
 def judge(args, folder):
-    """Writes judgements.jsonl in answer order; raw replies go to judge_replies.jsonl first."""
+    """Writes judgements.jsonl in answer order; the raw replies go to judge_replies.jsonl first."""
     from respond import ask_all
     prompt, lists = BUNDLED / "judge" / f"{args.benchmark}.txt", args.benchmark == "objhal"
-    if not prompt.is_file() or not args.judge_model:
-        raise Problem("a judge needs --judge-url and --judge-model" if prompt.is_file() else
-                      f"{args.benchmark} needs no judge")
-    template, answers = Template(prompt.read_text(encoding="utf-8")), read(folder / "answers.jsonl")
+    if not prompt.is_file():
+        raise Problem(f"{args.benchmark} needs no judge")
+    if not (args.judge_url and args.judge_model):
+        raise Problem("a judge needs --judge-url and --judge-model")
+    answers, fill = read(folder / "answers.jsonl"), Template(prompt.read_text(encoding="utf-8"))
     asked = [row for row in answers if not (lists and short(row["text"]))]
-    requests = [(n, [{"role": "system" if lists else "user", "content": template.substitute(row)}])
-                for n, row in enumerate(asked)]
+    try:
+        requests = [(n, [{"role": "system" if lists else "user", "content": fill.substitute(row)}])
+                    for n, row in enumerate(asked)]
+    except KeyError as e:
+        raise Problem(f"{folder / 'answers.jsonl'}: the judge needs the field {e}") from e
     texts = in_order(ask_all(
         requests, folder / "judge_replies.jsonl", base_url=args.judge_url, model=args.judge_model,
         desc="judging", temperature=0, check=object_list if lists else None))
@@ -630,7 +635,7 @@ def report(files, folder, paper):
                                  if isinstance(found, dict) for name, value in found.items()}
         columns = {f"{r['benchmark']} {label}": values.get(name)
                    for label, name in BENCHMARKS[r["benchmark"]]["columns"].items()}
-        rows[r["name"]] |= columns
+        rows[r["name"] + " (no judge)" * r["reading"].startswith("no judge")] |= columns
         cells += columns.keys() - set(cells) and columns
     base = results[0].get("model", "").lower()  # the paper's rows are those of the same base model
     size = paper or next((s for s in ("13b", "7b") if f"llava-1.5-{s}" in base), "none")
@@ -701,39 +706,45 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if args.command != "report" and not args.benchmark:
         parser.error("--benchmark is needed")
-    if args.command in ("run", "generate", "judge") and not args.out:
-        args.out = f"runs/{args.benchmark}-{Path(args.model or 'tiny').name}"
+    if args.command == "score" and not args.answers or args.command == "report" and not args.files:
+        parser.error("score needs --answers FILE, report the metrics.json files")
     if not args.data and not args.model and args.command != "fetch-help":
         args.data = str(TINY / str(args.benchmark))
+    if not args.data and args.command in ("run", "generate", "score"):
+        parser.error("--data DIR is needed with --model")
+    name = Path(args.model or "tiny").name
+    args.out = args.out or {"score": "metrics.json", "report": "."}.get(
+        args.command, f"runs/{args.benchmark}-{name}")
     args.model = args.model or str(TINY / "model")
     return args
 
 
+def run(args):
+    """generate, judge where a judge is given, score, report."""
+    if args.benchmark == "mmhal" and not args.judge_url:
+        raise Problem("MMHal-Bench needs a judge: --judge-url and --judge-model")
+    done = []
+    for folder in generate(args):
+        if args.judge_url:
+            judge(args, folder)
+        judgements = folder / "judgements.jsonl" if args.judge_url else None
+        done.append(folder / "metrics.json")
+        score_files(args, folder / "answers.jsonl", judgements, done[-1])
+    report(done, args.out, args.paper)
+
+
 def main(argv=None):
     args = parse_args(argv)
-    if args.command == "fetch-help":
-        fetch_help(args)
-    elif args.command == "report":
-        report(args.files, args.out or ".", args.paper)
-    elif args.command == "judge":
-        judge(args, Path(args.out))
-    elif args.command == "score":
-        score_files(args, args.answers, args.judgements, args.out or "metrics.json")
-    else:
-        for folder in generate(args):
-            if args.command == "run":
-                judgements = folder / "judgements.jsonl"
-                if args.judge_url:
-                    judge(args, folder)
-                score_files(args, folder / "answers.jsonl", args.judge_url and judgements,
-                            folder / "metrics.json")
-        if args.command == "run":
-            report(sorted(Path(args.out).glob("**/metrics.json")), args.out, args.paper)
+    commands = {"run": lambda: run(args), "generate": lambda: list(generate(args)),
+                "judge": lambda: judge(args, Path(args.out)), "fetch-help": lambda: fetch_help(args),
+                "score": lambda: score_files(args, args.answers, args.judgements, args.out),
+                "report": lambda: report(args.files, args.out, args.paper)}
+    try:
+        commands[args.command]()
+    except (Problem, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Problem as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+    main()
