@@ -1,7 +1,7 @@
 """SymMPO and its baselines: every loss term, and the log-probabilities they are made of.
 
 How this file departs from the paper and from the code published with it:
-- Margin uses plain log-ratio differences (no beta), as the paper's slides and the published code do.
+- Margin uses plain log-ratio differences (no beta), as the slides and the published code do.
 - Log-probabilities are fp32 sums over the response tokens, the end token included; never means.
 - mDPO's contrast image is drawn once per record (data.py), not again in every forward pass.
 - A record's sequences share their image-and-prompt prefix (`packed_logps`): the same numbers as

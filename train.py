@@ -148,7 +148,8 @@ def prepare(args):
     run = SimpleNamespace(args=args, w=loss_weights(args), cells=OBJECTIVES[args.objective][0])
     run.records = data.Records(args.data)
     run.held_out = data.Records(args.eval_data) if args.eval_data else []
-    args.steps = args.steps or math.ceil(math.ceil(len(run.records) / args.batch_size) * args.epochs)
+    per_epoch = math.ceil(len(run.records) / args.batch_size)
+    args.steps = args.steps or math.ceil(per_epoch * args.epochs)
     model, run.processor = data.load_model(args.model, args.device, getattr(torch, args.dtype))
     if not args.no_share_prefix and model.config.model_type not in PACKABLE:
         raise Problem(f"{args.model}: sharing the prefix is not exact for {model.config.model_type}"
@@ -212,8 +213,8 @@ def reference_table(run, rows, keys, fresh=False):
     and raise Problem where the cache says something else.
     """
     import torch
-    found = run.cache.execute(f"SELECT key, nats FROM logps WHERE key IN ({','.join('?' * len(keys))})",
-                              keys)
+    marks = ",".join("?" * len(keys))
+    found = run.cache.execute(f"SELECT key, nats FROM logps WHERE key IN ({marks})", keys)
     known = {key: torch.frombuffer(bytearray(nats), dtype=torch.float32) for key, nats in found}
     unknown = torch.full((6,), math.nan)
     table = torch.stack([known.get(key, unknown) for key in keys]).view(-1, 2, 3)
@@ -238,16 +239,16 @@ def compute(run, rows, keys, fresh=False):
     policy = policy_table(run, rows, len(keys))
     terms = loss_terms(run.args.objective, policy, reference, run.w)
     loss = sum(terms.values())
-    if fresh == "verify":
-        verify_start(run, policy - reference, loss.mean().item())
     return loss, {"loss": loss, **{f"loss/{name}": term for name, term in terms.items()},
                   **metrics(policy, reference, run.w["beta"])}
 
 
-def verify_start(run, rho, loss):
+def verify_start(run, found):
     """Step 0: the adapter is zero, so rho must be 0 and the loss its closed form; else Problem."""
     from symmpo import loss_at_start
-    worst, expected = rho.nan_to_num().abs().max().item(), loss_at_start(run.args.objective, run.w)
+    worst = max(found[name].abs().max().item() / run.w["beta"] for name in found.keys() & {
+        "rewards/chosen", "rewards/rejected", "rewards/chosen_contrast", "copo/margin"})
+    loss, expected = found["loss"].mean().item(), loss_at_start(run.args.objective, run.w)
     tolerance = 1e-3 if run.args.dtype == "float32" else 0.5  # nats; bf16 sums of ~150 tokens
     if not worst <= tolerance:
         raise Problem(f"policy and reference differ by {worst:.3g} nats before the first step; they"
@@ -255,7 +256,7 @@ def verify_start(run, rho, loss):
     if expected is not None and abs(loss - expected) > tolerance:
         raise Problem(f"the loss before the first step is {loss:.5f}, its closed form {expected:.5f}")
     print(f"step 0      rho = 0 within {worst:.1g} nats, loss {loss:.6f}, closed form "
-          + (f"{expected:.6f}" if expected is not None else "none"))
+          + ("none" if expected is None else f"{expected:.6f}"))
 
 
 # --- batches -------------------------------------------------------------------------------------
@@ -421,7 +422,7 @@ def print_facts(run, rows):
 def held_out(run):
     """{eval/name: mean} over the held-out records, and two greedy samples."""
     import torch
-    from respond import generate
+    from evaluate import generate_batch
     sums = Counter()
     with torch.no_grad():
         for i in range(len(run.held_out)):
@@ -433,7 +434,7 @@ def held_out(run):
     images = [data.open_image(r["image"], r["root"]) for r in records]
     prompts = [record["prompt"] for record in records]
     run.policy.eval()
-    samples = generate(run.policy, run.processor, run.fmt, prompts, images, max_new_tokens=128)
+    samples = generate_batch(run.policy, run.processor, run.fmt, prompts, images, 128)
     run.policy.train()
     means = {f"eval/{name}": value / sums["records"] for name, value in sums.items()}
     return {**means, "samples": [f"{p} -> {y}" for p, y in zip(prompts, samples)]}
@@ -498,7 +499,9 @@ def train(args):
             first = not sums and step == start
             if first and rank == 0:
                 print_facts(run, rows)
-            loss, found = compute(run, rows, keys, fresh=first and ("verify" if step == 0 else True))
+            loss, found = compute(run, rows, keys, fresh=first)
+            if first and step == 0:
+                verify_start(run, found)
             loss.sum().backward()
             numbers += [number for number, *_ in items]
             sums.update({name: value.sum().item() for name, value in found.items()})
@@ -555,7 +558,7 @@ def main(argv=None):
     except Problem as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
-    for number, reason in sorted(skipped.items()):
+    for reason in skipped.values():
         print(f"left out: {reason}")
     print(f"adapter     {args.out / f'checkpoint-{done}'} (PEFT), curves {args.out / 'curves.png'}")
     if done < args.steps:

@@ -68,7 +68,8 @@ def test_published_parquet(tmp_path):
     ('{"image": "a.png", "prompt": "Q?"}', "chosen is missing"),
     ('{"image": "a.png", "prompt": "  ", "chosen": "x"}', "prompt must be non-empty"),
     ('{"image": "a.png", "prompt": "Q?", "chosen": 3}', "chosen must be non-empty text, not int"),
-    ('{"images": ["a", "b"], "prompt": [{"content": "Q"}], "chosen": [{"content": "A"}]}', "2 images"),
+    ('{"images": ["a", "b"], "prompt": [{"content": "Q"}], "chosen": [{"content": "A"}]}',
+     "2 images"),
 ])
 def test_bad_lines_are_named(tmp_path, line, reason):
     path = tmp_path / "bad.jsonl"
@@ -99,7 +100,8 @@ def test_vicuna_tokens(processor):
     """One BOS, one EOS, no space lost or doubled at the boundary, 16 image tokens."""
     tokenizer = processor.tokenizer
     image = Image.new("RGB", (90, 60))
-    ids = data.encode_prompts(processor, "vicuna", ["What is it?"], [image])["input_ids"][0].tolist()
+    ids = data.encode_prompts(processor, "vicuna", ["What is it?"], [image])["input_ids"][0]
+    ids = ids.tolist()
     answer = data.encode_response(processor, "vicuna", "A red cup.")
     assert ids.count(tokenizer.bos_token_id) == 1 == (ids[0] == tokenizer.bos_token_id)
     assert answer.count(tokenizer.eos_token_id) == 1 == (answer[-1] == tokenizer.eos_token_id)
@@ -245,5 +247,5 @@ def test_check_command(prefs, llava, tmp_path):
     bad.write_text('{"image": "gone.png", "prompt": "Q?", "chosen": "x"}\n{"image": 3}\n')
     result = run(bad)
     assert result.returncode == 1 and "2 bad" in result.stdout
-    assert f"{bad}:1" in result.stdout + result.stderr and f"{bad}:2" in result.stdout + result.stderr
+    assert all(f"{bad}:{n}" in result.stdout + result.stderr for n in (1, 2))
     assert run(tmp_path / "none.jsonl").returncode == 2
