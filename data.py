@@ -50,56 +50,50 @@ class Records:
     """
 
     def __init__(self, path):
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise Problem(f"{path}: no such file")
+        self.path, self.parquet = Path(path), None
+        if not self.path.is_file() or self.path.suffix not in (".jsonl", ".json", ".parquet"):
+            raise Problem(f"{path}: no such file, or neither .jsonl nor .parquet")
         if self.path.suffix == ".parquet":
-            self._open_parquet()
-        elif self.path.suffix in (".jsonl", ".json"):
-            self.parquet = None
-            self.offsets = _line_offsets(self.path)
+            self.parquet, self.starts = _open_parquet(self.path)
         else:
-            raise Problem(f"{path}: give a .jsonl or .parquet file")
+            self.offsets = _line_offsets(self.path)
         if not len(self):
             raise Problem(f"{path}: the file has no records")
 
-    def _open_parquet(self):
-        try:
-            import pyarrow.parquet
-        except ImportError as e:
-            raise Problem(f"{self.path}: parquet needs pyarrow (pip install pyarrow)") from e
-        try:
-            self.parquet = pyarrow.parquet.ParquetFile(self.path, memory_map=True)
-        except (OSError, ValueError) as e:
-            raise Problem(f"{self.path}: not a readable parquet file ({e})") from e
-        groups = range(self.parquet.num_row_groups)
-        self.sizes = [self.parquet.metadata.row_group(g).num_rows for g in groups]
-        self.group = None  # (number, table) of the row group read last
-
     def __len__(self):
-        return sum(self.sizes) if self.parquet else len(self.offsets)
+        return int(self.starts[-1]) if self.parquet else len(self.offsets)
 
     def __getitem__(self, i):
         if self.parquet:
             raw, source = self._parquet_row(i), f"{self.path}: row {i + 1}"
         else:
+            offset, number = self.offsets[i]
+            source = f"{self.path}:{number}"
             with open(self.path, "rb") as f:
-                f.seek(self.offsets[i][0])
-                line, source = f.readline(), f"{self.path}:{self.offsets[i][1]}"
-            try:
-                raw = json.loads(line)
-            except (ValueError, RecursionError) as e:
-                raise Problem(f"{source}: not valid JSON ({e})") from e
+                f.seek(offset)
+                try:
+                    raw = json.loads(f.readline())
+                except (ValueError, RecursionError) as e:
+                    raise Problem(f"{source}: not valid JSON ({e})") from e
         return {**normalise(raw, source), "source": source, "root": self.path.parent}
 
     def _parquet_row(self, i):
-        for number, size in enumerate(self.sizes):
-            if i < size:
-                break
-            i -= size
-        if self.group is None or self.group[0] != number:
-            self.group = number, self.parquet.read_row_group(number)
-        return self.group[1].slice(i, 1).to_pylist()[0]
+        group = int(self.starts.searchsorted(i, side="right")) - 1
+        if getattr(self, "group", None) != group:  # the group read last is kept
+            self.group, self.table = group, self.parquet.read_row_group(group)
+        return self.table.slice(i - self.starts[group], 1).to_pylist()[0]
+
+
+def _open_parquet(path):
+    """(the open file, number of the first row of each row group and of the end)."""
+    import numpy as np
+    try:
+        from pyarrow.parquet import ParquetFile
+        file = ParquetFile(path, memory_map=True)
+    except (ImportError, OSError, ValueError) as e:
+        raise Problem(f"{path}: not a readable parquet file, or no pyarrow to read it: {e}") from e
+    sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
+    return file, np.cumsum([0, *sizes])
 
 
 def _line_offsets(path):
@@ -220,6 +214,14 @@ def open_image(source, root=None, allow_outside=True):
             return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as e:  # PIL raises many kinds of error for the many ways to be broken
         raise Problem(f"{name}: not a readable image ({type(e).__name__}: {e})") from e
+
+
+def record_image(record, field, allow_outside=True):
+    """One of a record's images; the Problem of a bad one names the record."""
+    try:
+        return open_image(record[field], record["root"], allow_outside)
+    except Problem as e:
+        raise Problem(f"{record['source']}: {e}") from e
 
 
 def crop(image, rng, keep=CROP):
@@ -384,24 +386,24 @@ def build_rows(record, processor, fmt, cells, number=0, seed=0, max_length=2048,
     for i in sorted({i for i, _ in cells}):
         images = None
         if not no_image:
-            try:
-                field = IMAGES[i] if IMAGES[i] in record else "image"
-                image = open_image(record[field], record["root"], allow_outside)
-            except Problem as e:
-                raise Problem(f"{source}: {e}") from e
-            if field != IMAGES[i]:
-                image = crop(image, random.Random(f"{seed} {source.rpartition(':')[2]}"))
-            images = [image]
+            images = [record_image(record, IMAGES[i] if IMAGES[i] in record else "image",
+                                   allow_outside)]
+            if IMAGES[i] not in record:
+                images = [crop(images[0], random.Random(f"{seed} {source.rpartition(':')[2]}"))]
         inputs = encode_prompts(processor, fmt, [record["prompt"]], images)
         wanted = [y for image, y in cells if image == i]
         responses = [encode_response(processor, fmt, record[RESPONSES[y]]) for y in wanted]
-        length = inputs["input_ids"].shape[1] + max(map(len, responses))
-        if length > max_length:
-            raise Problem(f"{source}: {length} tokens with its longest response, --max-length is "
-                          f"{max_length}; raise it, or leave the record out with --skip-bad")
         rows.append({"inputs": inputs, "responses": [torch.tensor(r) for r in responses],
                      "cells": [(number, i, y) for y in wanted]})
+        if row_length(rows[-1]) > max_length:
+            raise Problem(f"{source}: {row_length(rows[-1])} tokens, --max-length is {max_length}: "
+                          "raise it, or leave the record out with --skip-bad")
     return rows
+
+
+def row_length(row):
+    """Tokens of the prompt with its image and the longest response."""
+    return row["inputs"]["input_ids"].shape[1] + max(map(len, row["responses"]))
 
 
 # --- contrastive images ------------------------------------------------------------------------
@@ -587,40 +589,36 @@ def check(args):
     """`python data.py check`: every bad line with its reason; returns how many there are."""
     from symmpo import OBJECTIVES  # imports torch: a second or so
     from tqdm import tqdm
-    records, bad, sizes, counts = Records(args.data), 0, [], dict.fromkeys(OBJECTIVES, 0)
-    config, processor = load_processor(args.model) if args.model else (None, None)
-    fmt, lengths, shown = config and prompt_format(config, args.prompt_format), [], None
+    records, bad, shown, counts = Records(args.data), 0, None, dict.fromkeys(OBJECTIVES, 0)
+    facts = {"width, pixels": [], "height, pixels": [], "length, tokens": []}
+    if args.model:
+        config, processor = load_processor(args.model)
+        fmt = prompt_format(config, args.prompt_format)
     for i in tqdm(range(len(records)), desc="checking", unit=" records", disable=None):
         try:
             record = records[i]
-            for field in IMAGES:
-                if field in record:
-                    try:
-                        sizes.append(open_image(record[field], records.path.parent,
-                                                args.allow_outside).size)
-                    except Problem as e:
-                        raise Problem(f"{record['source']}: {e}") from e
+            sizes = [record_image(record, field, args.allow_outside).size
+                     for field in IMAGES if field in record]
             usable = [name for name in OBJECTIVES if not lacks(record, OBJECTIVES[name][0])]
-            if processor:
-                cells = OBJECTIVES[usable[-1] if "symmpo" not in usable else "symmpo"][0]
-                rows = build_rows(record, processor, fmt, cells, max_length=args.max_length)
-                shown = shown or rows[0]
-                lengths += [row["inputs"]["input_ids"].shape[1] + max(map(len, row["responses"]))
-                            for row in rows]
+            if args.model:
+                cells = OBJECTIVES[max(usable, key=lambda name: len(OBJECTIVES[name][0]))][0]
+                shown = build_rows(record, processor, fmt, cells, max_length=args.max_length)
+                facts["length, tokens"] += [row_length(row) for row in shown]
+            facts["width, pixels"] += [w for w, _ in sizes]
+            facts["height, pixels"] += [h for _, h in sizes]
             for name in usable:
                 counts[name] += 1
         except Problem as e:
             bad += 1
             tqdm.write(f"bad: {e}")
-    print(f"{len(records):,} records, {bad:,} bad")
-    print("usable by   " + "  ".join(f"{name} {count:,}" for name, count in counts.items()))
-    for name, values in [("width px ", [w for w, _ in sizes]), ("height px", [h for _, h in sizes]),
-                         ("tokens   ", lengths)]:
+    print(f"{len(records):,} records, {bad:,} bad; usable by "
+          + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+    for name, values in facts.items():
         if values:
-            values = sorted(values)
-            print(f"{name}   min {values[0]}  median {values[len(values) // 2]}  max {values[-1]}")
+            middle = sorted(values)[len(values) // 2]
+            print(f"{name}: min {min(values)}, median {middle}, max {max(values)}")
     if shown:
-        print(describe(processor, fmt, shown))
+        print(describe(processor, fmt, shown[0]))
     return bad
 
 
