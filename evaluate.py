@@ -77,7 +77,8 @@ def find(folder, *names, bundled="."):
 # --- words: what a text mentions -----------------------------------------------------------------
 
 # Penn Treebank tokens as far as dictionary words go: "grass/sky" and "dog-house" stay one token.
-BREAK = re.compile(r"""[\s,;:!?@#$%&*()\[\]{}<>"“”‘’«»„`]+|--+|\.\.+|'(?:s|m|d|ll|re|ve)\b""", re.I)
+BREAK = re.compile(r"""[\s,;:!?@#$%&*()\[\]{}<>"“”‘’«»„—`]+|--+|\.\.+|''+|'(?:s|m|d|ll|re|ve)\b""",
+                   re.IGNORECASE)
 FUNCTION_WORDS = set("a an the of in on with and or at to for by from near".split())
 
 
@@ -121,13 +122,13 @@ def score(benchmark, answers, folder, judgements=None, protocol="symmpo", dimens
     Problem where the official scorer crashes and no correct number exists.
     """
     spec = BENCHMARKS[benchmark]
+    if not isinstance(answers, list) or not answers:
+        raise Problem("there are no answers: give a JSON list, or JSONL")
     for number, row in enumerate(answers, 1):
         for name in spec["fields"]:
             kind = str if name == spec["answer"] else (str, int)
             if not isinstance(row, dict) or not isinstance(row.get(name), kind):
                 raise Problem(f"answer {number}: the field {name} is missing or of a wrong type")
-    if not answers:
-        raise Problem("there are no answers to score")
     if judgements is not None:
         judgements = judge_texts(judgements, len(answers))
     metrics, reading = SCORERS[benchmark](answers, folder=folder, judgements=judgements,
@@ -244,24 +245,26 @@ def score_amber(answers, folder, protocol="symmpo", dimension="a", similar=None,
             continue
         said, truth = yes_or_no(text) if protocol == "symmpo" else text, note["truth"].capitalize()
         for whole in {"discriminative", part, "attribute" if part in parts["da"] else part}:
-            count[whole].update(n=1, right=said == truth, no=truth == "No", said_no=said == "No",
-                                hit=said == truth == "No")
+            count[whole].update({"n": 1, "right": said == truth, "no": truth == "No",
+                                 "said no": said == "No", "hit": said == truth == "No"})
     metrics = {}
     for part in parts[dimension]:
-        def share(above, below):
-            epsilon = 0.003 if part == "attribute" else 0.001  # a sum of three
-            return count[part][above] / (count[part][below] + epsilon) * 100
-
+        epsilon = 0.003 if part == "attribute" else 0.001  # attribute sums three denominators
+        share = functools.partial(percent, count[part], epsilon)
         if part == "generative":
-            metrics[part] = {"CHAIR": share("wrong", "nouns"), "Cover": share("covered", "truth"),
-                             "Hal": 100 - share("clean", "n"), "Cog": share("marked", "hallu")}
+            found = {"CHAIR": share("wrong", "nouns"), "Cover": share("covered", "truth"),
+                     "Hal": 100 - share("clean", "n"), "Cog": share("marked", "hallu")}
         else:
-            p, r = (round(share("hit", below), 1) / 100 for below in ("said_no", "no"))
+            p, r = (round(share("hit", below), 1) / 100 for below in ("said no", "no"))
             f1 = 2 * p * r / (p + r + (0.001 if part == "existence" else 0.0001))
-            metrics[part] = {"Accuracy": share("right", "n"), "Precision": 100 * p,
-                             "Recall": 100 * r, "F1": 100 * f1}
-        metrics[part] = {name: round(value, 1) for name, value in metrics[part].items()}
+            found = {"Accuracy": share("right", "n"), "Precision": 100 * p, "Recall": 100 * r,
+                     "F1": 100 * f1}
+        metrics[part] = {name: round(value, 1) for name, value in found.items()}
     return metrics, f"{reading}; similarity: {likeness}" if count["generative"] else protocol
+
+
+def percent(count, epsilon, above, below):
+    return count[above] / (count[below] + epsilon) * 100
 
 
 def yes_or_no(text):
@@ -320,8 +323,9 @@ def score_objhal(answers, folder, judgements, **_):
     doubles = {word: word for word in node if " " in word} | read(BUNDLED / "objhal/doubles.json")
     lemmas, reading = lemma_reader("objhal", folder, nouns_only=False)
 
-    def mentions(objects):  # a toilet's seat is not a chair
-        return [node[o] for o in objects if o in node and (o, "toilet" in objects) != ("seat", True)]
+    def mentions(objects):
+        seat = "toilet" in objects  # then a seat is no chair
+        return [node[o] for o in objects if o in node and not (seat and o == "seat")]
 
     def parse(text):
         return mentions(merge(lemmas(text.lower()), doubles))
@@ -397,13 +401,14 @@ def true_objects(folder, ids, node, parse):
     if given:
         truth |= {int(i): {node.get(o, o) for o in objects}
                   for i, objects in read(given[0]).items()}
-    for name in [] if given else [f"{kind}_{split}2014.json" for kind in ("instances", "captions")
-                                  for split in ("train", "val")]:
+    for kind, split in () if given else itertools.product(("instances", "captions"),
+                                                          ("train", "val")):
+        name = f"{kind}_{split}2014.json"
         coco = read(find(folder, name, f"annotations/{name}"))
         category = {c["id"]: node[c["name"]] for c in coco.get("categories", [])}
         for note in coco["annotations"]:
             if note["image_id"] in ids:
-                truth[note["image_id"]].update(parse(note["caption"]) if "caption" in note
+                truth[note["image_id"]].update(parse(note["caption"]) if kind == "captions"
                                                else [category[note["category_id"]]])
     if ids - truth.keys():
         raise Problem(f"{folder}: nothing says what is in image {min(ids - truth.keys())}")
@@ -417,7 +422,7 @@ SCORERS = {"hallusionbench": score_hallusionbench, "objhal": score_objhal, "mmha
 # --- generating ----------------------------------------------------------------------------------
 
 
-def questions(benchmark, folder, protocol="symmpo", dimension="a", limit=None):
+def questions(benchmark, folder, protocol="symmpo", dimension="a"):
     """[(prompt, image or None, answer record without the answer)]: what the model is asked."""
     spec, items = BENCHMARKS[benchmark], []
     rows = read(find(folder, *spec["questions"]))
@@ -427,7 +432,7 @@ def questions(benchmark, folder, protocol="symmpo", dimension="a", limit=None):
     if benchmark == "amber":
         types = [spec["types"][note["type"]] for note in read(find(folder, "annotations.json"))]
         rows = [row for row in rows if types[row["id"] - 1] in spec["parts"][dimension]]
-    for row in rows[:limit]:
+    for row in rows:
         image = row.get("image") or row.get("filename") or row.get("image_src")
         if isinstance(image, str):
             image = picture(image, folder, spec["images"])
@@ -439,7 +444,7 @@ def questions(benchmark, folder, protocol="symmpo", dimension="a", limit=None):
 
 
 def picture(image, folder, subfolder):
-    """What data.open_image takes, for a file name, a web address (saved under its name) or base64."""
+    """What data.open_image takes: for a file name, a web address (saved by its name) or base64."""
     if len(image) < 256:
         name = image.rpartition("/")[2] if "://" in image else image
         for path in (Path(folder, name), Path(folder, subfolder, name)):
@@ -448,8 +453,8 @@ def picture(image, folder, subfolder):
     try:
         return base64.b64decode(image, validate=True)
     except ValueError as e:
-        raise Problem(f"{folder}: no image {image[:99]}; `python evaluate.py fetch-help` says where "
-                      "the images come from") from e
+        raise Problem(f"{folder}: no image {image[:99]}; `python evaluate.py fetch-help` says "
+                      "where the images come from") from e
 
 
 def generate_batch(model, processor, fmt, prompts, images=None, max_new_tokens=1024, beams=1,
@@ -557,37 +562,40 @@ def models(args):
 
 def generate(args):
     """Writes answers.jsonl, item by item; yields its folder, one a row when there are several."""
-    items = questions(args.benchmark, args.data, args.protocol, args.dimension, args.limit)
+    items = questions(args.benchmark, args.data, args.protocol, args.dimension)
     asked = hashlib.sha256(json.dumps([(item[0], item[2]) for item in items]).encode()).hexdigest()
     decoding = {name: getattr(args, name) for name in ("max_new_tokens", "beams", "temperature")}
+    model_hash, field = fingerprint(args.model), BENCHMARKS[args.benchmark]["answer"]
     for adapter, model, processor in models(args):
-        name = Path(adapter or args.model).name
+        name = "-".join(Path(adapter).resolve().parts[-2:]) if adapter else Path(args.model).name
         path = Path(args.out, name if len(args.adapter) > 1 else "", "answers.jsonl")
         fmt = "server" if args.server else data.prompt_format(model, args.prompt_format)
-        settings = {"name": name, "model": args.model, "model_hash": fingerprint(args.model),
-                    "adapter": adapter, "adapter_hash": adapter and fingerprint(adapter),
-                    "server": args.server, "prompt_format": fmt, "questions": asked[:16],
-                    "decoding": {**decoding, "seed": args.seed}}
-        done = answered(path, settings)
+        done = answered(path, {
+            "name": name, "model": args.model, "model_hash": model_hash, "adapter": adapter,
+            "adapter_hash": adapter and fingerprint(adapter), "server": args.server,
+            "prompt_format": fmt, "questions": asked[:16],
+            "decoding": {**decoding, "seed": args.seed}})
+        todo = items[done:args.limit]
         if args.server:
-            texts = ask_server(items[done:], done, path.with_name(f"replies-{asked[:8]}.jsonl"), args)
+            texts = ask_server(todo, done, path.with_name(f"replies-{asked[:8]}.jsonl"), args)
         else:
-            texts = respond(model, processor, fmt, items[done:], args.batch_size, args.seed,
-                            **decoding)
+            texts = respond(model, processor, fmt, todo, args.batch_size, args.seed, **decoding)
         with open(path, "a", encoding="utf-8") as f:
-            for text, (*_, record) in zip(texts, items[done:]):
-                f.write(json.dumps({**record, BENCHMARKS[args.benchmark]["answer"]: text}) + "\n")
+            for text, (*_, record) in zip(texts, todo):
+                f.write(json.dumps({**record, field: text}) + "\n")
                 f.flush()
         yield path.parent
 
 
 def answered(path, settings):
-    """How many answers of these settings are in the file; those of other settings are dropped."""
+    """How many answers made with these settings are in the file; others are put aside."""
     known, whole = path.with_suffix(".settings.json"), b""
     if path.is_file() and known.is_file() and read(known) == settings:
-        whole = b"".join(path.read_bytes().rpartition(b"\n")[:2])  # a killed run may leave half a line
+        whole = b"".join(path.read_bytes().rpartition(b"\n")[:2])  # killed: maybe half a line
     elif path.is_file():
-        print(f"{path}: the model, prompts or decoding have changed: starting anew", file=sys.stderr)
+        os.replace(path, f"{path}.old")
+        print(f"{path}: the model, prompts or decoding have changed: starting anew (the answers "
+              f"so far are in {path.name}.old)", file=sys.stderr)
     write(path, whole.decode())
     write(known, json.dumps(settings, indent=1))
     return whole.count(b"\n")
@@ -629,22 +637,22 @@ def score_files(args, answers, judgements, out):
 
 def report(files, folder, paper):
     """report.md and report.png: the rows of metrics.json files beside the paper's."""
-    results, rows, cells = [read(file) for file in files], defaultdict(dict), []
+    results, rows = [read(file) for file in files], defaultdict(dict)
     for r in results:
         values = r["metrics"] | {f"{part}.{name}": value for part, found in r["metrics"].items()
                                  if isinstance(found, dict) for name, value in found.items()}
-        columns = {f"{r['benchmark']} {label}": values.get(name)
-                   for label, name in BENCHMARKS[r["benchmark"]]["columns"].items()}
-        rows[r["name"] + " (no judge)" * r["reading"].startswith("no judge")] |= columns
-        cells += columns.keys() - set(cells) and columns
+        columns = BENCHMARKS[r["benchmark"]]["columns"]
+        rows[r["name"] + " (no judge)" * r["reading"].startswith("no judge")] |= {
+            f"{r['benchmark']} {label}": values.get(name) for label, name in columns.items()}
+    cells = list(dict.fromkeys(cell for row in rows.values() for cell in row))
     base = results[0].get("model", "").lower()  # the paper's rows are those of the same base model
     size = paper or next((s for s in ("13b", "7b") if f"llava-1.5-{s}" in base), "none")
     rows |= read(BUNDLED / "paper.json").get(size, {})
     table = [["model", *cells], ["---"] + ["---:"] * len(cells)]
-    table += [[name] + ["" if row.get(c) is None else f"{row[c]:.2f}" for c in cells]
+    table += [[name] + ["" if row.get(cell) is None else f"{row[cell]:.4g}" for cell in cells]
               for name, row in rows.items()]
     lines = [f"| {' | '.join(line)} |" for line in table] + [""]
-    lines += ["- {name}, {benchmark}: {n} answers, protocol {protocol}, read by {reading}; judge "
+    lines += ["- {name}, {benchmark}: {n} answers, protocol {protocol}, read by: {reading}; judge: "
               "{judge}; {date}".format(**r) + f"; {r.get('decoding', '')}" for r in results]
     write(Path(folder, "report.md"), "\n".join(lines) + "\n")
     bars(rows, cells, Path(folder, "report.png"))
@@ -679,7 +687,7 @@ def parse_args(argv):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("command", choices=("run", "generate", "judge", "score", "report", "fetch-help"))
-    add("files", nargs="*", help="report: the metrics.json files")
+    add("names", nargs="*", help="report: metrics.json files; fetch-help: the benchmark")
     add("--benchmark", choices=sorted(BENCHMARKS))
     add("--data", help="the benchmark's files as downloaded (default: the bundled tiny set)")
     add("--model", help="model folder or hub name (default: the bundled tiny model)")
@@ -695,7 +703,6 @@ def parse_args(argv):
     add("--temperature", type=float, default=0.0, help="0: deterministic")
     add("--seed", type=int, default=0)
     add("--prompt-format", choices=("auto", "vicuna", "chat"), default="auto")
-    add("--device", help="default: cuda when there is one")
     add("--server", help="generate through this OpenAI-compatible server, e.g. http://host:8000/v1")
     add("--judge-url", help="the judge's OpenAI-compatible server; the key is OPENAI_API_KEY")
     add("--judge-model")
@@ -704,12 +711,14 @@ def parse_args(argv):
     add("--similar", help="score, AMBER: JSON list of pairs of words that mean the same")
     add("--paper", choices=("7b", "13b", "none"), help="report: which base model's published rows")
     args = parser.parse_args(argv)
-    if args.command != "report" and not args.benchmark:
-        parser.error("--benchmark is needed")
-    if args.command == "score" and not args.answers or args.command == "report" and not args.files:
+    if args.command == "fetch-help" and args.names:
+        args.benchmark = args.names[0]
+    if args.command != "report" and args.benchmark not in BENCHMARKS:
+        parser.error(f"name a benchmark: --benchmark {' | '.join(BENCHMARKS)}")
+    if args.command == "score" and not args.answers or args.command == "report" and not args.names:
         parser.error("score needs --answers FILE, report the metrics.json files")
-    if not args.data and not args.model and args.command != "fetch-help":
-        args.data = str(TINY / str(args.benchmark))
+    if not args.model and args.command != "fetch-help":
+        args.data = args.data or str(TINY / str(args.benchmark))
     if not args.data and args.command in ("run", "generate", "score"):
         parser.error("--data DIR is needed with --model")
     name = Path(args.model or "tiny").name
@@ -736,9 +745,10 @@ def run(args):
 def main(argv=None):
     args = parse_args(argv)
     commands = {"run": lambda: run(args), "generate": lambda: list(generate(args)),
-                "judge": lambda: judge(args, Path(args.out)), "fetch-help": lambda: fetch_help(args),
+                "judge": lambda: judge(args, Path(args.out)),
                 "score": lambda: score_files(args, args.answers, args.judgements, args.out),
-                "report": lambda: report(args.files, args.out, args.paper)}
+                "report": lambda: report(args.names, args.out, args.paper),
+                "fetch-help": lambda: fetch_help(args)}
     try:
         commands[args.command]()
     except (Problem, OSError) as e:

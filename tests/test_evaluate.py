@@ -14,7 +14,7 @@ from PIL import Image
 
 import evaluate
 from data import Problem, load_model
-from test_respond import serve  # noqa: F401  a real HTTP server that speaks the OpenAI protocol
+from test_respond import serve  # noqa: F401  a real server that speaks the OpenAI protocol
 
 ROOT = Path(__file__).resolve().parent.parent
 KNOWN = Path(__file__).resolve().parent / "fixtures" / "benchmarks"
@@ -30,7 +30,7 @@ def save(path, value):
     return path
 
 
-# --- scorers: results of the official code (fixtures/benchmarks/ORIGIN.md) -------------------------
+# --- scorers: results of the official code (fixtures/benchmarks/ORIGIN.md) -----------------------
 
 
 @pytest.mark.parametrize("protocol", ["symmpo", "official"])
@@ -187,7 +187,7 @@ def objhal(tmp_path):
 
 def test_objhal_caption_mode(objhal, tmp_path):
     answers = [
-        {"image_id": 1, "text": "Assistant: A baby cat on a chair next to a wine glass. The cat..."},
+        {"image_id": 1, "text": "Assistant: A baby cat on a chair by a wine glass. The cat..."},
         {"image_id": 2, "text": "Two women with puppies on tables, and a hot dog."},
         {"image_id": 2, "text": "The toilet has a seat; the seat is up."},
         {"image_id": 1, "text": "Nothing to see."}]
@@ -346,6 +346,7 @@ def test_run_goes_on_where_it_stopped_and_starts_anew_when_changed(llava, amber,
     assert "anew" not in capsys.readouterr().err
     run(*command, 2, "--beams", 2)
     assert "starting anew" in capsys.readouterr().err
+    assert (out / "answers.jsonl.old").read_bytes() == whole
     assert evaluate.read(out / "metrics.json")["decoding"]["beams"] == 2
     assert (out / "report.png").stat().st_size > 5000
 
@@ -354,13 +355,14 @@ def test_several_adapters_in_one_load(llava, adapter, amber, tmp_path, capsys):
     out = tmp_path / "out"
     run("run", "--benchmark", "amber", "--model", llava, "--data", amber, "--out", out,
         "--adapter", adapter, adapter / ".", "--max-new-tokens", 5, "--limit", 4, "--paper", "7b")
-    base, tuned = (evaluate.read(out / name / "answers.jsonl") for name in (llava.name, "tuned"))
+    name = f"{adapter.parent.name}-tuned"
+    base, tuned = (evaluate.read(out / row / "answers.jsonl") for row in (llava.name, name))
     assert len(base) == len(tuned) == 4 and base != tuned
-    made = evaluate.read(out / "tuned/metrics.json")
+    made = evaluate.read(out / name / "metrics.json")
     assert made["adapter_hash"] and made["model_hash"]
     table = (out / "report.md").read_text()
-    assert f"| {llava.name} |" in table and "| tuned |" in table
-    assert "| SymMPO paper: + SymMPO | 82.60 | 87.70 |" in table
+    assert f"| {llava.name} |" in table and f"| {name} |" in table
+    assert "| SymMPO paper: + SymMPO | 82.6 | 87.7 |" in table
     with pytest.raises(SystemExit):
         run("run", "--benchmark", "amber", "--model", llava, "--data", amber, "--adapter", tmp_path)
     assert "no PEFT adapter" in capsys.readouterr().err
@@ -408,7 +410,7 @@ def test_every_benchmark_is_asked_as_published(tmp_path):
 # --- servers and judges ---------------------------------------------------------------------------
 
 
-def test_generating_through_a_server_keeps_the_order(serve, amber, tmp_path):
+def test_generating_through_a_server_keeps_the_order(serve, amber, tmp_path):  # noqa: F811
     def script(body, attempt):
         time.sleep(0.02 * (len(body["messages"][0]["content"][1]["text"]) % 5))
         assert body["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/jpeg")
@@ -426,7 +428,7 @@ def test_generating_through_a_server_keeps_the_order(serve, amber, tmp_path):
     assert len(bodies) == 8  # the second run asked for nothing
 
 
-def test_judging_stores_replies_first_and_resumes(serve, objhal, tmp_path, capsys):
+def test_judging_stores_replies_first_and_resumes(serve, objhal, tmp_path, capsys):  # noqa: F811
     out = tmp_path / "out"
     out.mkdir()
     answers = [{"image_id": 1, "question": "Describe.", "text": "There is a cat with a laptop."},
@@ -475,7 +477,7 @@ def test_no_judge_where_one_is_needed(tmp_path, capsys):
 def test_fetch_help_says_what_is_missing(benchmark, tmp_path, capsys):
     needs = evaluate.BENCHMARKS[benchmark]["needs"]
     save(tmp_path / needs[0], [])
-    run("fetch-help", "--benchmark", benchmark, "--data", tmp_path)
+    run("fetch-help", benchmark, "--data", tmp_path)
     said = capsys.readouterr().out
     assert "https://" in said and f"found    {needs[0]}" in said
     assert said.count("MISSING") == len(needs) - 1
