@@ -2,6 +2,7 @@
 import base64
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import data
 import respond
 from data import Problem
 
@@ -44,6 +46,8 @@ def serve(monkeypatch):
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(data)))
+                if status >= 400:
+                    self.send_header("Retry-After", "0.01")  # seconds: the tests are in a hurry
                 self.end_headers()
                 self.wfile.write(data)
 
@@ -87,7 +91,7 @@ def questions(n):
 
 
 def ask(requests, log, url, **options):
-    options = {"model": "m", "backoff": 0.01, "timeout": 5, **options}
+    options = {"model": "m", "timeout": 5, **options}
     return dict(respond.ask_all(requests, log, base_url=url, **options))
 
 
@@ -135,7 +139,8 @@ def test_passing_trouble_is_retried(serve, tmp_path, trouble):
     got = ask(questions(3), tmp_path / "log.jsonl", url, timeout=0.3)
     assert got == {f"q{i}": f"re: question {i}" for i in range(3)}
     assert len(bodies) == 9
-    assert [e["usage"] for e in lines(tmp_path / "log.jsonl")] == [{"prompt": 10, "completion": 2}] * 3
+    good = [e for e in lines(tmp_path / "log.jsonl") if "reason" not in e]
+    assert [e["usage"] for e in good] == [{"prompt": 10, "completion": 2}] * 3
 
 
 def test_retry_after_is_obeyed(serve, tmp_path):
@@ -334,3 +339,185 @@ def test_a_killed_run_asks_nothing_again(serve, tmp_path):
 
 def lines_of_whole(log):
     return [json.loads(line) for line in log.read_bytes().splitlines(True) if line.endswith(b"\n")]
+
+
+# --- building -----------------------------------------------------------------------------------
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255,) * 3}
+
+
+def oracle(body, attempt):
+    """A captioner, a policy and a writer that see nothing but the colour of an image."""
+    *picture, text = body["messages"][0]["content"]
+    text = text["text"]
+    if picture:
+        data = base64.b64decode(picture[0]["image_url"]["url"].split(",")[1])
+        pixel = Image.open(io.BytesIO(data)).resize((1, 1)).getpixel((0, 0))
+        colour = min(COLOURS, key=lambda c: sum((a - b) ** 2 for a, b in zip(COLOURS[c], pixel)))
+    if body["model"] == "captioner":
+        return f"A plain {colour} square."
+    if body["model"] == "policy":
+        return f"A {colour} square with a dog."
+    colour = next(c for c in COLOURS if f"plain {c}" in text)
+    if text.startswith("Below are"):
+        return "Well: " + json.dumps({"consistent": [f"it is {colour}"], "inconsistent": ["a dog"]})
+    if text.startswith("Write two"):
+        return json.dumps({"preferred": f"The picture shows a {colour} square, nothing else.",
+                           "dispreferred": f"The picture shows a {colour} square and a dog."})
+    was = re.search(r"shows a (\w+) square", text)[1]
+    return "<think>{}</think>" + json.dumps({
+        "preferred": f"The picture shows a {colour} square, nothing else.",
+        "changes": [{"was": f"a {was} square", "is": f"a {colour} square"}]})
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """Records over four images, one of which is broken, each image in two records."""
+    for name, rgb in COLOURS.items():
+        Image.new("RGB", (64, 48), rgb).save(tmp_path / f"{name}.png")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    names = [*COLOURS, "broken"]
+    records = [{"image": f"{a}.png", "prompt": "What is it?", "contrast_image": f"{b}.png",
+                "contrast_kind": "random", "contrast_seed": 0, "similarity": None}
+               for a, b in zip(names, names[1:] + names[:1])]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return tmp_path / "pairs.jsonl"
+
+
+def build_args(pairs, url, out="prefs.jsonl"):
+    return ["build", str(pairs), "--out", str(pairs.parent / out), "--samples", "2",
+            "--captioner", "captioner", "--captioner-url", url, "--policy", "policy",
+            "--policy-url", url, "--writer", "writer", "--writer-url", url]
+
+
+def test_build_makes_records_that_training_takes(serve, pairs, capfd):
+    url, bodies = serve(oracle)
+    respond.main(build_args(pairs, url))
+    folder = pairs.parent
+    made = lines(folder / "prefs.jsonl")
+    assert [r["image"] for r in made] == ["red.png", "green.png", "blue.png"]
+    assert made[0]["chosen"] == "The picture shows a red square, nothing else."
+    assert made[0]["rejected"] == "The picture shows a red square and a dog."
+    assert made[0]["contrast_chosen"] == "The picture shows a green square, nothing else."
+    assert made[0]["changes"] == [{"was": "a red square", "is": "a green square"}]
+    assert made[0]["prompts_version"] == respond.VERSION and made[0]["contrast_kind"] == "random"
+    records = data.Records(folder / "prefs.jsonl")
+    assert len(records) == 3 and not any(data.lacks(r, ((0, 0), (0, 1), (0, 2), (1, 0), (1, 2)))
+                                         for r in records)
+    bad = lines(folder / "rejected_records.jsonl")
+    assert [r["record"] for r in bad] == [4, 5] and all("broken.png" in r["reason"] for r in bad)
+    models = [body["model"] for body in bodies]
+    assert models.count("captioner") == 4  # an image is described once, whoever needs it
+    assert models.count("policy") == 3 * 2 and models.count("writer") == 3 * 3
+    assert all("temperature" in body for body in bodies)
+    respond.main(build_args(pairs, url))
+    assert len(bodies) == len(models)
+    everything = "".join(capfd.readouterr())
+    everything += "".join(p.read_text(errors="replace") for p in folder.rglob("*") if p.is_file())
+    assert "word overlap" in everything and KEY not in everything
+
+
+def test_malformed_replies_end_in_the_rejected_file_with_their_text(serve, pairs):
+    wrong = {"red": "no claims, sorry", "green": '{"consistent": ["a"], "inconsistent": []}',
+             "blue": '{"consistent": "a", "inconsistent": ["b"]}'}
+
+    def script(body, attempt):
+        text = body["messages"][0]["content"][-1]["text"]
+        for colour, reply in wrong.items():
+            if text.startswith("Below are") and f"plain {colour}" in text:
+                return reply
+        return oracle(body, attempt)
+
+    url, bodies = serve(script)
+    respond.main(build_args(pairs, url))
+    assert lines(pairs.parent / "prefs.jsonl") == []
+    bad = lines(pairs.parent / "rejected_records.jsonl")
+    assert [r["reply"] for r in bad[:3]] == list(wrong.values())
+    assert ["no JSON" in bad[0]["reason"], "'inconsistent' is missing, empty" in bad[1]["reason"],
+            "'consistent'" in bad[2]["reason"]] == [True] * 3
+    asked = [b for b in bodies if "Below are" in b["messages"][0]["content"][-1]["text"]]
+    assert len(asked) == 3 * 3
+
+
+@pytest.mark.parametrize("change, reason", [
+    ({"rejected": "The  cat SAT."}, "chosen and rejected are the same"),
+    ({"contrast_chosen": "The cat sat"}, "chosen and contrast_chosen are the same"),
+    ({"rejected": "A dog and a cat and a mouse sat."}, "chosen has 3 words, rejected 9"),
+    ({"contrast_chosen": "No"}, "chosen has 3 words, contrast_chosen 1"),
+    ({}, None)])
+def test_gates(change, reason):
+    record = {"chosen": "The cat sat.", "rejected": "The dog sat.", "contrast_chosen": "A car."}
+    found = respond.gate(record | change, 2.0)
+    assert found == ({"reason": f"gate: {reason}"} if reason else {})
+
+
+def test_records_without_contrast_images_become_dpo_records(serve, pairs):
+    url, bodies = serve(oracle)
+    pairs.write_text('{"image": "red.png"}\n')
+    respond.main(build_args(pairs, url))
+    [record] = lines(pairs.parent / "prefs.jsonl")
+    assert "contrast_chosen" not in record and record["prompt"] == respond.QUESTION
+    assert len(bodies) == 1 + 2 + 2
+
+
+def test_a_killed_build_goes_on_to_the_same_file(serve, pairs):
+    url, bodies = serve(lambda body, attempt: time.sleep(0.05) or oracle(body, attempt))
+    command = [sys.executable, "respond.py", *build_args(pairs, url, "whole.jsonl")]
+    command += ["--concurrency", "2"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    total = len(bodies)
+    command[command.index(str(pairs.parent / "whole.jsonl"))] = str(pairs.parent / "prefs.jsonl")
+    for replies_before_kill in (2, 7, 13):
+        bodies.clear()
+        child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL,
+                                 stdout=subprocess.DEVNULL)
+        logs = lambda: list(pairs.parent.glob("prefs.jsonl.work/*"))
+        while sum(p.read_bytes().count(b"\n") for p in logs()) < replies_before_kill:
+            time.sleep(0.005)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        time.sleep(0.2)
+    assert not (pairs.parent / "prefs.jsonl").exists()
+    kept = sum(len(lines_of_whole(p)) for p in logs())
+    assert kept >= 13
+    bodies.clear()
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert len(bodies) == total - kept
+    whole, prefs = (pairs.parent / name for name in ("whole.jsonl", "prefs.jsonl"))
+    assert prefs.read_bytes() == whole.read_bytes()
+
+
+def test_local_captioner_and_policy(serve, pairs, llava, monkeypatch):
+    monkeypatch.setitem(respond.SAMPLING, "captioner", {"temperature": 0.2, "max_tokens": 5})
+    monkeypatch.setitem(respond.SAMPLING, "policy", {"temperature": 1.0, "max_tokens": 5})
+
+    def script(body, attempt):
+        body["messages"][0]["content"][-1]["text"] += " plain red"
+        return oracle(body, attempt)
+
+    url, bodies = serve(script)
+    args = build_args(pairs, url)
+    for role in ("captioner", "policy"):
+        at = args.index(f"--{role}")
+        args[at:at + 4] = [f"--{role}", str(llava)]
+    respond.main(args + ["--batch", "3"])
+    logs = pairs.parent / "prefs.jsonl.work"
+    samples = {e["id"]: e["text"] for e in lines(logs / "samples.jsonl")}
+    assert len(lines(logs / "captions.jsonl")) == 4 and len(samples) == 6
+    assert len(set(samples.values())) > 1
+    torn = (logs / "samples.jsonl").read_bytes().splitlines(True)[:4]
+    (logs / "samples.jsonl").write_bytes(b"".join(torn))
+    respond.main(args + ["--batch", "3"])
+    assert {e["id"]: e["text"] for e in lines(logs / "samples.jsonl")} == samples
+
+
+def test_report_is_one_page_that_needs_nothing_else(serve, pairs):
+    url, _ = serve(oracle)
+    respond.main(build_args(pairs, url))
+    respond.main(["report", str(pairs.parent / "prefs.jsonl"), "--out",
+                  str(pairs.parent / "report.html"), "--limit", "2"])
+    page = (pairs.parent / "report.html").read_text()
+    assert page.count("<article>") == 2 and page.count("data:image/jpeg;base64,") == 4
+    assert not re.search(r"(src|href)=\"(?!data:)|https?://|<script", page)
+    assert "<mark>square and a dog.</mark>" in page and "<mark>green</mark> square" in page
+    assert "a red square → a green square" in page
