@@ -25,6 +25,7 @@ import sqlite3
 import sys
 import time
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,7 +34,7 @@ from data import TINY, Problem
 
 PACKABLE = ("llava", "llava_next", "llava_onevision", "idefics3", "smolvlm", "internvl")
 
-TINY_PRESET = dict(model=TINY / "model", data=TINY / "prefs.jsonl", eval_data=TINY / "val.jsonl",
+TINY_PRESET = dict(model=f"{TINY}/model", data=f"{TINY}/prefs.jsonl", eval_data=f"{TINY}/val.jsonl",
                    steps=100, batch_size=16, lr=5e-4, lora_r=16, lora_alpha=32, warmup=0.1)
 # What a resumed run may set anew; every other option makes it another run.
 MAY_CHANGE = ("resume", "out", "save_every", "sample_every", "workers", "tensorboard", "cache")
@@ -100,11 +101,9 @@ def options():
 def parse_args(argv=None):
     """The command line as a namespace; without --model the tiny preset fills what is not given."""
     parser = options()
+    if not parser.parse_known_args(argv)[0].model:
+        parser.set_defaults(**TINY_PRESET)
     args = parser.parse_args(argv)
-    if not args.model:
-        parser.set_defaults(**{k: str(v) if isinstance(v, Path) else v
-                               for k, v in TINY_PRESET.items()})
-        args = parser.parse_args(argv)
     for key in ("epochs", "batch_size", "micro_batch", "lr", "lora_r", "sample_every", "save_every"):
         if getattr(args, key) <= 0:
             raise Problem(f"--{key.replace('_', '-')} must be above 0")
@@ -121,10 +120,8 @@ def parse_args(argv=None):
 def loss_weights(args):
     """The objective's default weights, each overridden by its flag."""
     from symmpo import ANCHORS, OBJECTIVES
-    w = dict(OBJECTIVES[args.objective][1])
-    for key in w:
-        if getattr(args, key) is not None:
-            w[key] = getattr(args, key)
+    w = {key: value if getattr(args, key) is None else getattr(args, key)
+         for key, value in OBJECTIVES[args.objective][1].items()}
     w["anchors"] = w["anchors"].split(",") if isinstance(w["anchors"], str) else list(w["anchors"])
     if not set(w["anchors"]) <= set(ANCHORS):
         raise Problem(f"--anchors {','.join(w['anchors'])}: known cells are {', '.join(ANCHORS)}")
@@ -139,12 +136,10 @@ def prepare(args):
     import torch
     from symmpo import OBJECTIVES
     torch.manual_seed(args.seed)
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    cuda = args.device.startswith("cuda") or args.device == "auto" and torch.cuda.is_available()
+    args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
     if args.dtype == "auto":
-        args.dtype = "bfloat16" if args.device.startswith("cuda") else "float32"
-    if args.device == "cuda":
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        args.dtype = "bfloat16" if cuda else "float32"
     run = SimpleNamespace(args=args, w=loss_weights(args), cells=OBJECTIVES[args.objective][0])
     run.records = data.Records(args.data)
     run.held_out = data.Records(args.eval_data) if args.eval_data else []
@@ -161,8 +156,8 @@ def prepare(args):
                     "base": run.base, "format": run.fmt, "records": len(run.records)}
     folder = Path(args.cache).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    kind = args.device.split(":")[0]
-    run.cache = sqlite3.connect(folder / f"{run.base}-{args.dtype}-{kind}.sqlite", timeout=60)
+    name = f"{run.base}-{args.dtype}-{'cuda' if cuda else 'cpu'}.sqlite"
+    run.cache = sqlite3.connect(folder / name, timeout=60)  # seconds to wait for other processes
     run.cache.execute("CREATE TABLE IF NOT EXISTS logps (key BLOB PRIMARY KEY, nats BLOB)")
     return run
 
@@ -318,19 +313,20 @@ def merge(items, args, skipped):
 # --- checkpoints and logs ------------------------------------------------------------------------
 
 
-def claim_folder(args):
-    """(lock, checkpoint): the run's folder is ours until the lock is closed or forgotten; the
+def claim_folder(args, rank=0):
+    """(lock, checkpoint): the run's folder is rank 0's until the lock is closed or forgotten; the
     checkpoint to go on from is None for a new run. Raises Problem when the folder is in use or
     holds a run that --resume was not given for."""
     args.out.mkdir(parents=True, exist_ok=True)
     found = sorted(args.out.glob("checkpoint-*[0-9]"), key=lambda p: int(p.name.split("-")[1]))
-    if not args.resume and (found or (args.out / "metrics.jsonl").exists()):
-        raise Problem(f"{args.out}: holds another run; choose another --out, or --resume it")
     lock = open(args.out / ".lock", "w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
-        raise Problem(f"{args.out}: another process is writing into this folder") from e
+    if rank == 0:
+        if not args.resume and (found or (args.out / "metrics.jsonl").exists()):
+            raise Problem(f"{args.out}: holds another run; choose another --out, or --resume it")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            raise Problem(f"{args.out}: another process is writing into this folder") from e
     return lock, (found[-1] if found else None)
 
 
@@ -338,8 +334,9 @@ def save_checkpoint(run, step, optimizer):
     """checkpoint-STEP: adapter in PEFT's format, optimiser, random state, options. It is written
     under another name, flushed and renamed; older checkpoints go only after that."""
     import torch
-    final = run.args.out / f"checkpoint-{step}"
-    temporary = run.args.out / "unfinished"
+    final, temporary = run.args.out / f"checkpoint-{step}", run.args.out / "unfinished"
+    if final.exists():
+        return
     shutil.rmtree(temporary, ignore_errors=True)
     run.policy.save_pretrained(temporary)
     rng = [torch.get_rng_state()] + torch.cuda.get_rng_state_all() * torch.cuda.is_available()
@@ -404,19 +401,18 @@ def plot_curves(out):
 
 def print_facts(run, rows):
     """What this run is, before it starts: every number printed is the one that is used."""
-    args = run.args
-    whole, trained = run.policy.num_parameters(), run.policy.num_parameters(only_trainable=True)
-    where = {name.split(".layers.")[0] for name, p in run.policy.named_parameters()
+    args, count = run.args, run.policy.num_parameters
+    parts = {name.split(".layers.")[0] for name, p in run.policy.named_parameters()
              if p.requires_grad}
-    print(f"model       {args.model}, {whole:,} parameters, {args.dtype} on {args.device}\n"
-          f"trained     {trained:,} parameters in {', '.join(where)}; LoRA rank {args.lora_r}, "
-          f"alpha {args.lora_alpha}, dropout {args.lora_dropout:g}\n"
-          f"data        {args.data}, {len(run.records):,} records\n"
-          f"objective   {args.objective}, {', '.join(f'{k} {v}' for k, v in run.w.items())}\n"
+    print(f"model       {args.model}, {count():,} parameters, {args.dtype} on {args.device}",
+          f"trained     {count(only_trainable=True):,} parameters in {', '.join(parts)}; LoRA rank "
+          f"{args.lora_r}, alpha {args.lora_alpha}, dropout {args.lora_dropout:g}",
+          f"data        {args.data}, {len(run.records):,} records",
+          f"objective   {args.objective}, {', '.join(f'{k} {v}' for k, v in run.w.items())}",
           f"steps       {args.steps} of {args.batch_size} records in micro-batches of "
           f"{args.micro_batch}, {args.steps * args.batch_size / len(run.records):.2f} epochs, "
-          f"lr {args.lr:g}, warm-up {args.warmup:g}, seed {args.seed}\n"
-          f"output      {args.out}\n{data.describe(run.processor, run.fmt, rows[0])}")
+          f"lr {args.lr:g}, warm-up {args.warmup:g}, seed {args.seed}",
+          f"output      {args.out}", data.describe(run.processor, run.fmt, rows[0]), sep="\n")
 
 
 def held_out(run):
@@ -460,15 +456,11 @@ def train(args):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
-    lock, checkpoint = claim_folder(args) if rank == 0 else (None, None)
+    lock, checkpoint = claim_folder(args, rank)
     run = prepare(args)
     weights = [p for p in run.policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=args.lr, weight_decay=args.weight_decay)
     start = load_checkpoint(run, checkpoint, optimizer) if checkpoint else 0
-    if world > 1:
-        start = over_processes(Counter(start=start))["start"]
-        for p in weights:  # rank 0's adapter is everybody's, fresh or resumed
-            dist.broadcast(p.data, 0)
     kept = [line for line in read_metrics(args.out) if line["step"] <= start]
     if rank == 0:  # what was logged after the checkpoint will be logged again
         (args.out / "metrics.jsonl").write_text("".join(json.dumps(k) + "\n" for k in kept))
@@ -510,13 +502,16 @@ def train(args):
                 for row in rows)})
 
         # One gradient for all processes, its norm clipped, one step of AdamW.
-        sums.update({"stopped": len(stopped)})
+        sums.update(stopped=len(stopped))
         sums = over_processes(sums)
+        done = step + 1
+        if not sums["records"]:
+            continue  # every record of this batch was left out (--skip-bad)
         for p in weights:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             if world > 1:
                 dist.all_reduce(p.grad)
-            p.grad /= max(1, sums["records"])
+            p.grad /= sums["records"]
         norm = torch.nn.utils.clip_grad_norm_(weights, args.clip).item()
         if not math.isfinite(sums["loss"] + norm):
             save_checkpoint(run, step, optimizer)
@@ -527,34 +522,50 @@ def train(args):
         optimizer.zero_grad()
 
         # Log, look at held-out records, save. The means are over the whole optimiser step.
-        line = {k: v / max(1, sums["records"]) for k, v in sums.items()
-                if k not in ("records", "tokens", "stopped")}
-        line.update({"lr": lr, "grad_norm": norm, "records": sums["records"],
-                     "tokens_per_second": sums["tokens"] / (time.time() - began)})
-        done = step + 1
+        records, stop = sums.pop("records"), sums.pop("stopped")
+        speed = sums.pop("tokens") / (time.time() - began)
+        line = {"step": done, **{name: value / records for name, value in sums.items()},
+                "lr": lr, "grad_norm": norm, "records": records, "tokens_per_second": speed}
         if rank == 0:
             if len(run.held_out) and (done % args.sample_every == 0 or done == args.steps):
                 line.update(held_out(run))
             with open(args.out / "metrics.jsonl", "a") as f:
-                f.write(json.dumps({"step": done, **line}) + "\n")
-            if done % args.save_every == 0 or done == args.steps or sums["stopped"]:
+                f.write(json.dumps(line) + "\n")
+            if done % args.save_every == 0:
                 save_checkpoint(run, done, optimizer)
-                plot_curves(args.out)
         bar.update()
         bar.set_postfix({k.rpartition("/")[2]: f"{line[k]:.3g}" for k in (
             "loss", "rewards/accuracies", "rewards/margins", "tokens_per_second") if k in line})
-        if sums["stopped"]:
+        if stop:
             break
     bar.close()
+    if rank == 0:
+        save_checkpoint(run, done, optimizer)
+        plot_curves(args.out)
     for name, handler in handlers.items():
         signal.signal(name, handler)
     return run, done, skipped
+
+
+def tiny_report(run):
+    """Hallucination on the tiny world's held-out AMBER files, adapter off and on."""
+    from evaluate import measure
+    print(f"{'held-out scenes (%)':20}   CHAIR   cover     hal  yes/no")
+    run.policy.eval()
+    for name, adapter in (("before", run.policy.disable_adapter()), ("after", nullcontext())):
+        with adapter:
+            found = measure(run.policy, run.processor, run.fmt, TINY / "amber")["metrics"]
+        made, asked = found["generative"], found["discriminative"]
+        print(f"{name:20}" + "".join(f"{value:8.1f}" for value in (
+            made["CHAIR"], made["Cover"], made["Hal"], asked["Accuracy"])))
 
 
 def main(argv=None):
     try:
         args = parse_args(argv)
         run, done, skipped = train(args)
+        if args.model == str(TINY / "model"):
+            tiny_report(run)
     except Problem as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

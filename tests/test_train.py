@@ -230,6 +230,8 @@ def test_bad_input_is_named(llava, prefs, tmp_path, capsys, fit):
     losses, _, text = fit("--skip-bad", "--steps", 4, data=broken)
     assert len(losses) == 4 and text.count("left out: ") == 3
     assert f"{broken}:13: the objective needs the field rejected" in text
+    losses, _, _ = fit("--skip-bad", "--batch-size", 1, "--steps", 15, data=broken)
+    assert len(losses) == 12  # three batches had nothing in them
 
 
 def test_a_folder_is_never_overwritten(fit, llava, prefs, tmp_path, capsys):
