@@ -129,11 +129,11 @@ def ask_all(requests, log, *, base_url, model, concurrency=8, retries=6, timeout
     body = {"model": model} | {k: v for k, v in sampling.items() if v is not None}
     size = len(requests) if hasattr(requests, "__len__") else None
     count, row, limit = collections.Counter(), 0, max(5, concurrency)
-    with (reply_log(log) as entries, tqdm(total=size, desc=desc) as bar,
+    with (reply_log(log, check) as entries, tqdm(total=size, desc=desc) as bar,
           openai.OpenAI(base_url=base_url, api_key=key, timeout=timeout,
                         max_retries=retries) as client,
           ThreadPoolExecutor(concurrency) as pool):
-        one = functools.partial(answer, client, entries, body, check, tries)
+        one = functools.partial(answer, client, entries, body, tries)
         for id, text, failure, tokens in in_flight(pool, one, requests, concurrency):
             row = row + 1 if failure else 0
             count.update(done=1, failed=int(text is None), tokens=tokens)
@@ -158,7 +158,7 @@ def in_flight(pool, function, items, limit):
     yield from (future.result() for future in as_completed(pending))
 
 
-def answer(client, log, body, check, tries, request):
+def answer(client, log, body, tries, request):
     """One request, from the log or the server: (id, text or None, why no reply came, tokens)."""
     (id, messages), (find, append), tokens = request, log, 0
     name = digest(id, body, None if callable(messages) else messages)
@@ -166,13 +166,12 @@ def answer(client, log, body, check, tries, request):
     if text is None and malformed < tries:
         body = body | {"messages": messages() if callable(messages) else messages}
     while text is None and malformed < tries:
-        entry = {"id": id, **complete(client, body), "model": body["model"], "request": name,
-                 "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
-        append(checked(entry, check))
+        entry = {"id": id, "request": name, "model": body["model"], **complete(client, body)}
+        append(entry)
         if entry["text"] is None:
             return id, None, entry["reason"], tokens
         tokens += sum(entry["usage"].values())
-        text, malformed = None if "reason" in entry else entry["text"], malformed + 1
+        text, malformed = find(name)
     return id, text, None, tokens
 
 
@@ -208,55 +207,51 @@ def complete(client, body):
         return {"text": "", "usage": {}, "reason": f"not a chat completion ({type(e).__name__})"}
 
 
-def checked(entry, check):
-    """The log entry, with a `reason` if check(text) finds it malformed."""
-    try:
-        if check and "reason" not in entry:
-            check(entry["text"])
-    except ValueError as e:
-        entry["reason"] = f"malformed reply: {e}"
-    return entry
-
-
 def digest(*parts):
     """A short name for content."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 @contextlib.contextmanager
-def reply_log(path):
+def reply_log(path, check=None):
     """The log of replies, locked against a second run: yields the functions (find, append).
 
     find(request) -> (text or None, number of malformed replies so far). append(entry) returns when
-    the entry is on the disk. Memory: one small tuple a reply, the texts stay in the file.
+    the entry is on the disk, dated, and with a reason if check(text) raises ValueError. Memory: one
+    small tuple a reply, the texts stay in the file.
     """
+    found, malformed, lock = {}, collections.Counter(), threading.Lock()
+
+    def note(entry, line, end):
+        if entry["text"] is not None and "reason" in entry:
+            malformed[entry["request"]] += 1
+        elif entry["text"] is not None:
+            found[entry["request"]] = len(line), end - len(line)
+
+    def find(request):
+        text = request in found and json.loads(os.pread(file.fileno(), *found[request]))["text"]
+        return text if request in found else None, malformed[request]
+
+    def append(entry):
+        try:
+            if check and "reason" not in entry:
+                check(entry["text"])
+        except ValueError as e:
+            entry["reason"] = f"malformed reply: {e}"
+        entry["date"] = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        line = json.dumps(entry, ensure_ascii=False).encode() + b"\n"
+        with lock:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+            note(entry, line, file.tell())
+
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the end of the process
         except OSError:
             raise Problem(f"{path}: another run is writing its replies here") from None
-        found, malformed, lock = {}, collections.Counter(), threading.Lock()
-
-        def note(entry, line, end):
-            if entry["text"] is not None and "reason" in entry:
-                malformed[entry["request"]] += 1
-            elif entry["text"] is not None:
-                found[entry["request"]] = len(line), end - len(line)
-
-        def find(request):
-            place = found.get(request)
-            return (json.loads(os.pread(file.fileno(), *place))["text"] if place else None,
-                    malformed[request])
-
-        def append(entry):
-            line = json.dumps(entry, ensure_ascii=False).encode() + b"\n"
-            with lock:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
-                note(entry, line, file.tell())
-
         file.seek(0)
         end = 0
         for number, line in enumerate(file, 1):
@@ -283,66 +278,72 @@ def build(args):
     records = [{"given": r, "question": r.get("prompt") or r.get("question") or QUESTION,
                 "files": [root / r[key] for key in ("image", "contrast_image") if r.get(key)]}
                for r in given]
-    ask = functools.partial(ask_step, args, records, image_hashes(records))
-    ask("captions", "captioner", lambda r: [(CAPTION, file, 0) for file in r["files"]], some_text)
-    ask("samples", "policy",
-        lambda r: [(r["question"], r["files"][0], k) for k in range(args.samples)], some_text)
+    check_images(records)
+    ask = functools.partial(ask_step, args, records)
+    ask("captions", "captioner", lambda r: [(CAPTION, file) for file in r["files"]])
+    ask("samples", "policy", lambda r: [(r["question"], r["files"][0])] * args.samples)
     ask("claims", "writer",
-        lambda r: [(fill(CLAIMS, r, 0, {"answers": "\n---\n".join(r["samples"])}), None, 0)],
-        functools.partial(read_json, lists=("consistent", "inconsistent")))
-    ask("rewrite", "writer", lambda r: [(fill(REWRITE, r, 0, r["claims"][0]), None, 0)],
-        functools.partial(read_json, texts=("preferred", "dispreferred")))
+        lambda r: [(fill(CLAIMS, r, 0, {"answers": "\n---\n".join(r["samples"])}), None)],
+        json_with(consistent=list, inconsistent=list))
+    ask("rewrite", "writer", lambda r: [(fill(REWRITE, r, 0, r["claims"][0]), None)],
+        json_with(preferred=str, dispreferred=str))
     ask("anchor", "writer",
-        lambda r: [(fill(ANCHOR, r, -1, r["rewrite"][0]), None, 0)] * (len(r["files"]) - 1),
-        functools.partial(read_json, texts=("preferred",)))
+        lambda r: [(fill(ANCHOR, r, 1, r["rewrite"][0]), None) for _ in r["files"][1:]],
+        json_with(preferred=str))
     for r in records:
         if "reason" not in r:
             r["made"] = assemble(r, args, out.parent)
-            r |= gate(r["made"], args.max_ratio)
+            r |= gate(r["made"])
     good = [r["made"] for r in records if "reason" not in r]
-    bad = [{"record": number, "reason": r["reason"], "reply": r.get("reply"), **r["given"],
-            **r.get("made", {})} for number, r in enumerate(records, 1) if "reason" in r]
+    bad = [{"record": number, "reason": r["reason"], "reply": r.get("reply"),
+            **r.get("made", r["given"])} for number, r in enumerate(records, 1) if "reason" in r]
     write_lines(out, good)
     write_lines(out.parent / "rejected_records.jsonl", bad)
     print(f"{out}: {len(good):,} records; {len(bad):,} in rejected_records.jsonl")
     for step, n in collections.Counter(r["reason"].split(":")[0] for r in bad).most_common():
         example = next(r["reason"] for r in bad if r["reason"].startswith(step))
-        print(f"    {n:,} at the step {step}, for example {example}")
+        print(f"    {n:,} at {step}, for example {example}")
     for name, *cells in summary(good):
-        print(f"{name:50}" + "".join(f"{cell:>8}" for cell in cells))
+        print(f"{name:32}" + "".join(f"{cell:>8}" for cell in cells))
 
 
-def image_hashes(records):
-    """{file: hash of its bytes}; a record with an image that cannot be read gets its `reason`."""
+@functools.cache
+def image_hash(file):
+    """Hash of an image file's bytes; Problem if it is not an image."""
+    open_image(str(file))
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def check_images(records):
     from tqdm import tqdm
-
-    def read(file):
+    for r in tqdm(records, desc="images"):
         try:
-            open_image(str(file))
-            return hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in r["files"]:
+                image_hash(file)
         except Problem as e:
-            return e
-
-    files = sorted({file for r in records for file in r["files"]})
-    with ThreadPoolExecutor() as pool:
-        hashes = dict(zip(files, tqdm(pool.map(read, files), desc="images", total=len(files))))
-    for r in records:
-        r |= {"reason": f"image: {hashes[f]}" for f in r["files"] if isinstance(hashes[f], Problem)}
-    return hashes
+            r["reason"] = f"image: {e}"
 
 
-def ask_step(args, records, hashes, name, role, questions, parse):
-    """Puts the parsed replies to questions(record), a list of (prompt, image file or None, number),
-    under record[name]. A record that lacks one gets a `reason`, and the raw reply if there is one.
+def some_text(text):
+    """The text; ValueError if there is none."""
+    if not text.strip():
+        raise ValueError("empty")
+    return text.strip()
 
-    Each reply is kept in the log of that name under the hash of prompt, image and number; so an
-    image is captioned once, in however many records it occurs.
+
+def ask_step(args, records, name, role, questions, parse=some_text):
+    """Puts the parsed replies to questions(record), a list of (prompt, image file or None), under
+    record[name]. A record that lacks one gets a `reason`, and the raw reply if there is one.
+
+    Each reply is kept in the log of that name under the hash of prompt, image and repetition; so
+    an image is captioned once, in however many records it occurs.
     """
     requests, wanted, log = {}, [], args.work / f"{name}.jsonl"
     for r in records:
         asked = [] if "reason" in r else questions(r)
-        ids = [digest(prompt, hashes.get(file), number) for prompt, file, number in asked]
-        requests |= {id: (prompt, file) for id, (prompt, file, _) in zip(ids, asked)}
+        ids = [digest(prompt, file and image_hash(file), asked[:k].count((prompt, file)))
+               for k, (prompt, file) in enumerate(asked)]
+        requests |= zip(ids, asked)
         wanted.append(ids)
     texts = replies(args, role, requests, log, parse)
     with open(log, encoding="utf-8") as f:
@@ -359,7 +360,7 @@ def replies(args, role, requests, log, check):
     """{id: text or None} for requests {id: (prompt, image file or None)}, by the role's model."""
     model, server = getattr(args, role), getattr(args, role + "_url")
     if not server:
-        return dict(answer_locally(requests, log, model, args.batch, check, **SAMPLING[role]))
+        return dict(answer_locally(requests, log, model, check, **SAMPLING[role]))
 
     def messages(prompt, file):
         content = [{"type": "text", "text": prompt}]
@@ -371,18 +372,18 @@ def replies(args, role, requests, log, check):
     chats = [(id, functools.partial(messages, *request)) for id, request in requests.items()]
     own = role.upper() + "_API_KEY"
     return dict(ask_all(chats, log, base_url=server, model=model, check=check, desc=log.stem,
-                        concurrency=args.concurrency, retries=args.retries, timeout=args.timeout,
+                        concurrency=args.concurrency, timeout=args.timeout,
                         key_env=own if own in os.environ else "OPENAI_API_KEY", **SAMPLING[role]))
 
 
-def answer_locally(requests, log, path, batch, check, temperature, max_tokens):
+def answer_locally(requests, log, path, check, temperature, max_tokens, batch=8):
     """As `replies`, from a transformers model. A batch is seeded by its requests, and sampled again
     whole if a killed run left it incomplete, so that the replies come out the same."""
     import torch
     from tqdm import tqdm
     model, processor = load_model(path, "cuda" if torch.cuda.is_available() else "cpu")
     form, ids = prompt_format(model), list(requests)
-    with reply_log(log) as (find, append):
+    with reply_log(log, check) as (find, append):
         for i in tqdm(range(0, len(ids), batch), desc=log.stem, unit=" batches"):
             names = [digest(id, path, temperature, max_tokens) for id in ids[i:i + batch]]
             if (None, 0) in map(find, names):
@@ -398,34 +399,28 @@ def answer_locally(requests, log, path, batch, check, temperature, max_tokens):
                                              skip_special_tokens=True)
                 for id, name, text in zip(ids[i:], names, out):
                     if find(name) == (None, 0):
-                        entry = {"id": id, "text": text, "model": path, "request": name}
-                        append(checked(entry, check))
+                        append({"id": id, "request": name, "model": path, "text": text})
             yield from ((id, find(name)[0]) for id, name in zip(ids[i:], names))
 
 
-def some_text(text):
-    """The text; ValueError if there is none."""
-    if not text.strip():
-        raise ValueError("empty")
-    return text.strip()
-
-
-def read_json(text, texts=(), lists=()):
-    """The JSON object in a reply, with non-empty `texts` and `lists`; ValueError if malformed."""
-    text = text.rpartition("</think>")[2]  # reasoning models think aloud first
-    try:
-        found = json.loads(text[text.index("{"):text.rindex("}") + 1])
-    except (ValueError, RecursionError):
-        raise ValueError("no JSON object") from None
-    for keys, kind in (texts, str), (lists, list):
-        for key in keys:
+def json_with(**kinds):
+    """A function that finds the JSON object in a reply, whose fields are of these types and not
+    empty; it raises ValueError if the reply is malformed."""
+    def parse(text):
+        text = text.rpartition("</think>")[2]  # reasoning models think aloud first
+        try:
+            found = json.loads(text[text.index("{"):text.rindex("}") + 1])
+        except (ValueError, RecursionError):
+            raise ValueError("no JSON object") from None
+        for key, kind in kinds.items():
             if not isinstance(found.get(key), kind) or not str(found[key]).strip(" []"):
                 raise ValueError(f"{key!r} is missing, empty or not a {kind.__name__}")
-    return found
+        return found
+    return parse
 
 
 def fill(template, r, image, values):
-    """The prompt with the record's question, the caption of image 0 or -1, and the values."""
+    """The prompt with the record's question, the caption of image 0 or 1, and the values."""
     values = {**values, "question": r["question"], "caption": r["captions"][image]}
     return string.Template(template).substitute({
         name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -443,7 +438,9 @@ def assemble(r, args, folder):
         made[key] = os.path.relpath(file, folder)
     for anchor in r["anchor"]:
         made["contrast_chosen"] = anchor["preferred"].strip()
-        made["changes"] = anchor.get("changes", [])
+        listed = anchor.get("changes")
+        made["changes"] = [c for c in listed if isinstance(c, dict) and {"was", "is"} <= set(c)
+                           ] if isinstance(listed, list) else []
     return made
 
 
@@ -461,7 +458,7 @@ def words(text):
     return re.findall(r"[\w'-]+", text.lower())
 
 
-def gate(record, max_ratio):
+def gate(record, max_ratio=2):
     """{"reason": ...} if a record is not fit for training, else {}."""
     for other in ("rejected", "contrast_chosen"):
         a, b = words(record["chosen"]), words(record.get(other, ""))
@@ -479,17 +476,18 @@ def overlap(a, b):
 
 
 def figures(record):
-    """{what: number} of a record for the report, as far as it has the fields."""
-    length = len(words(record["chosen"]))
-    found = {"words in chosen": length}
+    """{what: number} of a record, as far as it has the fields."""
+    chosen = record["chosen"]
+    found = {"chosen: words": len(words(chosen))}
     for other in ("rejected", "contrast_chosen"):
         if other in record:
-            found[f"length of {other} / chosen"] = len(words(record[other])) / max(1, length)
-            found[f"word overlap of {other}, chosen"] = overlap(record["chosen"], record[other])
+            ratio = len(words(record[other])) / max(1, found["chosen: words"])
+            found |= {f"{other}: length ratio": ratio,
+                      f"{other}: word overlap": overlap(chosen, record[other])}
     if "changes" in record:
-        found["contradictions between chosen and contrast_chosen"] = len(record["changes"])
+        found["contradictions"] = len(record["changes"])
     if record.get("similarity") is not None:
-        found["similarity of the images"] = record["similarity"]
+        found["similarity of images"] = record["similarity"]
     return found
 
 
@@ -546,10 +544,10 @@ def article(number, r, root):
         if key in r:
             url = image_url(open_image(r[key], root), 480)
             cells.append(f'<div><h3>{key}</h3><img src="{url}" alt=""></div>')
-    facts = [f"{name}: {value:.3g}" for name, value in figures(r).items()]
+    facts = [f"“{change['was']}” → “{change['is']}”" for change in r.get("changes", [])]
+    facts += [f"{name} {value:.3g}" for name, value in figures(r).items()]
     facts += [f"{key}: {r[key]}" for key in ("contrast_kind", "prompts_version") if key in r]
-    facts += [f"{change['was']} → {change['is']}" for change in r.get("changes", [])]
-    cells.append("<div><h3>figures</h3>" + "<br>".join(map(html.escape, facts)) + "</div>")
+    cells.append("<small>" + "<br>".join(map(html.escape, facts)) + "</small>")
     for key, other in (("chosen", "rejected"), ("rejected", "chosen"),
                        ("contrast_chosen", "chosen")):
         if key in r:
@@ -584,13 +582,9 @@ def main(argv=None):
                        help="its server, http://host:port/v1" +
                        " (default: MODEL is a local transformers model)" * (role != "writer"))
     p.add_argument("--samples", type=int, default=4, help="answers of the policy (default 4)")
-    p.add_argument("--max-ratio", type=float, default=2.0,
-                   help="gate: responses differ in length at most by this factor (default 2)")
     p.add_argument("--max-side", type=int, default=1024, help="px of images sent (default 1024)")
     p.add_argument("--concurrency", type=int, default=8, help="requests at a time (default 8)")
-    p.add_argument("--retries", type=int, default=6, help="after server trouble (default 6)")
     p.add_argument("--timeout", type=float, default=120, help="seconds a request (default 120)")
-    p.add_argument("--batch", type=int, default=8, help="of a local model (default 8)")
     p.set_defaults(run=build)
     p = commands.add_parser("report", help="look at records in a browser")
     p.add_argument("data", help="prefs.jsonl")
