@@ -92,7 +92,7 @@ def lemma_reader(benchmark, folder, nouns_only):
         import nltk
         lemma, tag = nltk.stem.WordNetLemmatizer().lemmatize, nltk.pos_tag
         lemma("dogs"), tag(nltk.word_tokenize("a dog"))
-    except (ImportError, LookupError):  # not installed, or its data is not
+    except (ImportError, LookupError, OSError):  # not installed, or its data is not
         table = read(find(folder, "lemma_table.json", bundled=benchmark))
         return (lambda text: [table.get(w, w) for w in words(text)]), "lemma table, no tagger"
     if nouns_only:
@@ -567,7 +567,7 @@ def generate(args):
     decoding = {name: getattr(args, name) for name in ("max_new_tokens", "beams", "temperature")}
     model_hash, field = fingerprint(args.model), BENCHMARKS[args.benchmark]["answer"]
     for adapter, model, processor in models(args):
-        name = "-".join(Path(adapter).resolve().parts[-2:]) if adapter else Path(args.model).name
+        name = "-".join(Path(adapter or args.model).resolve().parts[-2:])
         path = Path(args.out, name if len(args.adapter) > 1 else "", "answers.jsonl")
         fmt = "server" if args.server else data.prompt_format(model, args.prompt_format)
         done = answered(path, {
@@ -665,9 +665,10 @@ def bars(rows, cells, path):
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(1, len(cells), figsize=(1.6 * len(cells) + 4, 3.2),
                                    squeeze=False, layout="constrained")
+    colors = pyplot.get_cmap("viridis")  # readable without colour vision and in print
     for axis, cell in zip(axes[0], cells):
         for place, (name, row) in enumerate(rows.items()):
-            axis.bar(place, row.get(cell) or 0, color=f"C{place}", label=name)
+            axis.bar(place, row.get(cell) or 0, color=colors(place / len(rows)), label=name)
         axis.set(title=cell.replace(" ", "\n"), xticks=[])
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right")
     figure.savefig(path, dpi=110)

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import evaluate
-from data import Problem, load_model
+from data import TINY, Problem, load_model
 from test_respond import serve  # noqa: F401  a real server that speaks the OpenAI protocol
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -317,6 +317,16 @@ def test_batched_generation_is_one_by_one_generation(loaded, llava, adapter, amb
         assert single != texts(*loaded, items, batch_size=1)
 
 
+def test_the_bundled_model_answers_the_bundled_sets(tmp_path):
+    for benchmark, limit in [("amber", 12), ("hallusionbench", 12), ("objhal", 6), ("mmstar", 9)]:
+        run("run", "--benchmark", benchmark, "--limit", limit, "--out", tmp_path / benchmark)
+        result = evaluate.read(tmp_path / benchmark / "metrics.json")
+        assert result["n"] == limit and result["name"] == "tiny-model"
+    model, processor = load_model(str(TINY / "model"))
+    items = evaluate.questions("amber", TINY / "amber")[::20]
+    assert texts(model, processor, items, batch_size=1) == texts(model, processor, items)
+
+
 def test_sampling_is_seeded_and_answers_are_not_kept(loaded, amber):
     items = evaluate.questions("amber", amber)
     drawn = texts(*loaded, items, temperature=1.0, seed=1)
@@ -355,13 +365,13 @@ def test_several_adapters_in_one_load(llava, adapter, amber, tmp_path, capsys):
     out = tmp_path / "out"
     run("run", "--benchmark", "amber", "--model", llava, "--data", amber, "--out", out,
         "--adapter", adapter, adapter / ".", "--max-new-tokens", 5, "--limit", 4, "--paper", "7b")
-    name = f"{adapter.parent.name}-tuned"
-    base, tuned = (evaluate.read(out / row / "answers.jsonl") for row in (llava.name, name))
+    names = [f"{folder.parent.name}-{folder.name}" for folder in (llava, adapter)]
+    base, tuned = (evaluate.read(out / name / "answers.jsonl") for name in names)
     assert len(base) == len(tuned) == 4 and base != tuned
-    made = evaluate.read(out / name / "metrics.json")
+    made = evaluate.read(out / names[1] / "metrics.json")
     assert made["adapter_hash"] and made["model_hash"]
     table = (out / "report.md").read_text()
-    assert f"| {llava.name} |" in table and f"| {name} |" in table
+    assert all(f"| {name} |" in table for name in names)
     assert "| SymMPO paper: + SymMPO | 82.6 | 87.7 |" in table
     with pytest.raises(SystemExit):
         run("run", "--benchmark", "amber", "--model", llava, "--data", amber, "--adapter", tmp_path)
