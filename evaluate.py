@@ -3,7 +3,7 @@
     python evaluate.py run --benchmark amber            the bundled tiny model on a tiny AMBER
     python evaluate.py run --model M --adapter A --benchmark B --data DIR --out DIR
     python evaluate.py generate|judge|score|report ...  the same, step by step (--help)
-    python evaluate.py fetch-help --benchmark B --data DIR      what to download, what DIR lacks
+    python evaluate.py fetch-help B --data DIR          what to download, what DIR lacks
 
 How this departs from the official scorers and from the published SymMPO code:
 - `--protocol symmpo` (default; the paper's table) reads free answers leniently: AMBER's yes/no,
@@ -247,24 +247,24 @@ def score_amber(answers, folder, protocol="symmpo", dimension="a", similar=None,
         for whole in {"discriminative", part, "attribute" if part in parts["da"] else part}:
             count[whole].update({"n": 1, "right": said == truth, "no": truth == "No",
                                  "said no": said == "No", "hit": said == truth == "No"})
+
+    def share(part, above, below):
+        epsilon = 0.003 if part == "attribute" else 0.001  # attribute sums three denominators
+        return round(count[part][above] / (count[part][below] + epsilon) * 100, 1)
+
     metrics = {}
     for part in parts[dimension]:
-        epsilon = 0.003 if part == "attribute" else 0.001  # attribute sums three denominators
-        share = functools.partial(percent, count[part], epsilon)
         if part == "generative":
-            found = {"CHAIR": share("wrong", "nouns"), "Cover": share("covered", "truth"),
-                     "Hal": 100 - share("clean", "n"), "Cog": share("marked", "hallu")}
+            clean = count[part]["clean"] / (count[part]["n"] + 0.001) * 100
+            metrics[part] = {"CHAIR": share(part, "wrong", "nouns"),
+                             "Cover": share(part, "covered", "truth"),
+                             "Hal": round(100 - clean, 1), "Cog": share(part, "marked", "hallu")}
         else:
-            p, r = (round(share("hit", below), 1) / 100 for below in ("said no", "no"))
-            f1 = 2 * p * r / (p + r + (0.001 if part == "existence" else 0.0001))
-            found = {"Accuracy": share("right", "n"), "Precision": 100 * p, "Recall": 100 * r,
-                     "F1": 100 * f1}
-        metrics[part] = {name: round(value, 1) for name, value in found.items()}
+            precision, recall = share(part, "hit", "said no"), share(part, "hit", "no")
+            p, r, epsilon = precision / 100, recall / 100, 0.001 if part == "existence" else 1e-4
+            metrics[part] = {"Accuracy": share(part, "right", "n"), "Precision": precision,
+                             "Recall": recall, "F1": round(2 * p * r / (p + r + epsilon) * 100, 1)}
     return metrics, f"{reading}; similarity: {likeness}" if count["generative"] else protocol
-
-
-def percent(count, epsilon, above, below):
-    return count[above] / (count[below] + epsilon) * 100
 
 
 def yes_or_no(text):
@@ -436,8 +436,8 @@ def questions(benchmark, folder, protocol="symmpo", dimension="a"):
         image = row.get("image") or row.get("filename") or row.get("image_src")
         if isinstance(image, str):
             image = picture(image, folder, spec["images"])
-        if row.get("visual_input") == "0":  # HallusionBench asks these without an image
-            image = None
+        if image is None and row.get("visual_input") != "0":  # HallusionBench's without an image
+            raise Problem(f"{folder}: no image belongs to the question {row[spec['prompt']]!r}")
         items.append((row[spec["prompt"]] + spec.get("suffix", {}).get(protocol, ""), image,
                       {key: value for key, value in row.items() if key != "image"}))
     return items
@@ -542,13 +542,12 @@ def fingerprint(folder):
 
 def models(args):
     """(adapter or None, model, processor) of each row, from one load of the model."""
-    lost = [a for a in args.adapter if args.server or not Path(a, "adapter_config.json").is_file()]
-    if lost:
-        raise Problem(f"{lost[0]}: " + ("adapters cannot be sent to a server; name the model that "
-                      "it serves with --model" if args.server else "no PEFT adapter in there"))
     if args.server:
         yield None, None, None
         return
+    for adapter in args.adapter:
+        if not Path(adapter, "adapter_config.json").is_file():
+            raise Problem(f"{adapter}: no PEFT adapter in there (adapter_config.json is missing)")
     import torch
     from peft import PeftModel
     model, processor = data.load_model(args.model, "cuda" if torch.cuda.is_available() else "cpu")
@@ -605,10 +604,9 @@ def judge(args, folder):
     """Writes judgements.jsonl in answer order; the raw replies go to judge_replies.jsonl first."""
     from respond import ask_all
     prompt, lists = BUNDLED / "judge" / f"{args.benchmark}.txt", args.benchmark == "objhal"
-    if not prompt.is_file():
-        raise Problem(f"{args.benchmark} needs no judge")
-    if not (args.judge_url and args.judge_model):
-        raise Problem("a judge needs --judge-url and --judge-model")
+    if not (prompt.is_file() and args.judge_url and args.judge_model):
+        raise Problem("a judge is for hallusionbench, objhal and mmhal, and needs --judge-url and "
+                      "--judge-model")
     answers, fill = read(folder / "answers.jsonl"), Template(prompt.read_text(encoding="utf-8"))
     asked = [row for row in answers if not (lists and short(row["text"]))]
     try:
@@ -718,6 +716,8 @@ def parse_args(argv):
         parser.error(f"name a benchmark: --benchmark {' | '.join(BENCHMARKS)}")
     if args.command == "score" and not args.answers or args.command == "report" and not args.names:
         parser.error("score needs --answers FILE, report the metrics.json files")
+    if args.server and args.adapter:
+        parser.error("a server answers with the model that --model names; it takes no --adapter")
     if not args.model and args.command != "fetch-help":
         args.data = args.data or str(TINY / str(args.benchmark))
     if not args.data and args.command in ("run", "generate", "score"):

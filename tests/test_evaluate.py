@@ -393,6 +393,9 @@ def test_every_benchmark_is_asked_as_published(tmp_path):
         {"org_idx": 0, "image_id": 5, "question": "Describe.", "image": coded}))
     prompt, image, record = evaluate.questions("objhal", tmp_path)[0]
     assert (prompt, image, record["image_id"]) == ("Describe.", buffer.getvalue(), 5)
+    (tmp_path / "obj_halbench_300_with_image.jsonl").write_text('{"image_id": 5, "question": "D"}')
+    with pytest.raises(Problem, match="no image belongs to the question 'D'"):
+        evaluate.questions("objhal", tmp_path)
     save(tmp_path / "response_template.json", [
         {"image_src": "https://example.org/a/b.png", "question": "What?", "gt_answer": "x"}])
     (tmp_path / "images").mkdir()
