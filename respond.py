@@ -217,20 +217,15 @@ def reply_log(path, check=None):
     """The log of replies, locked against a second run: yields the functions (find, append).
 
     find(request) -> (text or None, number of malformed replies so far). append(entry) returns when
-    the entry is on the disk, dated, and with a reason if check(text) raises ValueError. Memory: one
-    small tuple a reply, the texts stay in the file.
+    the entry is on the disk, dated, and with a reason if check(text) raises ValueError.
     """
     found, malformed, lock = {}, collections.Counter(), threading.Lock()
 
-    def note(entry, line, end):
+    def note(entry):
         if entry["text"] is not None and "reason" in entry:
             malformed[entry["request"]] += 1
         elif entry["text"] is not None:
-            found[entry["request"]] = len(line), end - len(line)
-
-    def find(request):
-        text = request in found and json.loads(os.pread(file.fileno(), *found[request]))["text"]
-        return text if request in found else None, malformed[request]
+            found[entry["request"]] = entry["text"]
 
     def append(entry):
         try:
@@ -244,7 +239,7 @@ def reply_log(path, check=None):
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
-            note(entry, line, file.tell())
+            note(entry)
 
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as file:
@@ -260,10 +255,10 @@ def reply_log(path, check=None):
                 break
             end += len(line)
             try:
-                note(json.loads(line), line, end)
+                note(json.loads(line))
             except (ValueError, TypeError, KeyError):
                 raise Problem(f"{path}:{number}: not a reply; repair or remove the line") from None
-        yield find, append
+        yield lambda request: (found.get(request), malformed[request]), append
 
 
 # --- building ----------------------------------------------------------------------------------
@@ -289,7 +284,7 @@ def build(args):
         json_with(preferred=str, dispreferred=str))
     ask("anchor", "writer",
         lambda r: [(fill(ANCHOR, r, 1, r["rewrite"][0]), None) for _ in r["files"][1:]],
-        json_with(preferred=str))
+        json_with(preferred=str, changes=list))
     for r in records:
         if "reason" not in r:
             r["made"] = assemble(r, args, out.parent)
@@ -438,9 +433,7 @@ def assemble(r, args, folder):
         made[key] = os.path.relpath(file, folder)
     for anchor in r["anchor"]:
         made["contrast_chosen"] = anchor["preferred"].strip()
-        listed = anchor.get("changes")
-        made["changes"] = [c for c in listed if isinstance(c, dict) and {"was", "is"} <= set(c)
-                           ] if isinstance(listed, list) else []
+        made["changes"] = anchor["changes"]
     return made
 
 
@@ -544,7 +537,8 @@ def article(number, r, root):
         if key in r:
             url = image_url(open_image(r[key], root), 480)
             cells.append(f'<div><h3>{key}</h3><img src="{url}" alt=""></div>')
-    facts = [f"“{change['was']}” → “{change['is']}”" for change in r.get("changes", [])]
+    facts = [" → ".join(f"“{text}”" for text in change.values())
+             if isinstance(change, dict) else str(change) for change in r.get("changes", [])]
     facts += [f"{name} {value:.3g}" for name, value in figures(r).items()]
     facts += [f"{key}: {r[key]}" for key in ("contrast_kind", "prompts_version") if key in r]
     cells.append("<small>" + "<br>".join(map(html.escape, facts)) + "</small>")
