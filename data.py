@@ -507,12 +507,9 @@ def choose(args, root, groups, cache):
     import torch
     images = list(groups)
     if args.kind == "synthetic":
-        try:
-            names = json.loads(Path(args.mapping or "").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as e:
-            raise Problem(f"--mapping {args.mapping}: no JSON object image: picture ({e})") from e
-        folder = Path(args.mapping).parent
-        return {image: (folder / names[image], None) for image in images if image in names}
+        folder, pairs = image_records(args.mapping)
+        return {r["image"]: (folder / r["contrast_image"], None) for r in pairs
+                if r["image"] in groups and "contrast_image" in r}
     if args.kind == "random":
         rng = random.Random(args.seed)
         draws = {i: [j for j in rng.choices(images, k=20) if groups[j] != groups[i]]
@@ -661,7 +658,8 @@ def main(argv=None):
                    help="clip: what is nearer is a near-duplicate (default %(default)s)")
     p.add_argument("--group", default="image", help="field; images that share it are never paired")
     p.add_argument("--step", type=int, default=500, help="noise: of 1000 (default %(default)s)")
-    p.add_argument("--mapping", help="synthetic: JSON {image: picture beside this file}")
+    p.add_argument("--mapping", default="synthetic.jsonl",
+                   help="synthetic: file of {image, contrast_image} (default %(default)s)")
     p.set_defaults(run=contrast)
     args = parser.parse_args(argv)
     try:

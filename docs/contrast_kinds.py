@@ -16,15 +16,16 @@ KINDS = ("crop", "crop-large", "random", "clip", "black", "noise", "moco", "synt
 
 def contrasts(folder, records):
     """{kind: records with a contrast image}; the edits in tiny/prefs.jsonl serve as synthetic."""
-    edits = {r["image"]: str(data.TINY / r["contrast_image"]) for r in records}
-    (folder / "edits.json").write_text(json.dumps(edits))
+    edits = [{"image": r["image"], "contrast_image": str(data.TINY / r["contrast_image"])}
+             for r in records]
+    (folder / "edits.jsonl").write_text("".join(json.dumps(r) + "\n" for r in edits))
     made = {}
     for kind in KINDS:
         out = folder / f"{kind}.jsonl"
         try:
             data.main(["contrast", str(data.TINY / "prefs.jsonl"), "--out", str(out), "--kind", kind,
                        "--encoder", str(data.TINY / "model"), "--step", "300",
-                       "--mapping", str(folder / "edits.json")])
+                       "--mapping", str(folder / "edits.jsonl")])
         except SystemExit as end:
             assert end.code == 0
         lines = [json.loads(line) for line in open(out, encoding="utf-8")]

@@ -132,9 +132,9 @@ def test_records_keep_their_fields_and_images_without_a_partner_are_left_out(fol
 def test_ready_pictures_come_through_a_mapping(folder):
     (folder / "edits").mkdir()
     picture(99).save(folder / "edits" / "e.png")
-    (folder / "edits" / "map.json").write_text('{"3.png": "e.png"}')
+    (folder / "edits" / "map.jsonl").write_text('{"image": "3.png", "contrast_image": "e.png"}')
     run(folder, "--out", folder / "out.jsonl", "--kind", "synthetic", "--mapping",
-        folder / "edits" / "map.json")
+        folder / "edits" / "map.jsonl")
     [record] = lines(folder / "out.jsonl")
     assert record["image"] == "3.png" and record["contrast_image"] == "edits/e.png"
 
@@ -148,7 +148,7 @@ def test_errors_name_the_place(folder, capsys):
                           ([folder / "gone.jsonl", "--kind", "crop"], "gone.png: no such image"),
                           ([folder / "none.jsonl", "--kind", "crop"], "No such file"),
                           ([folder / "empty", "--kind", "crop"], "no images"),
-                          ([folder, "--kind", "synthetic"], "--mapping"),
+                          ([folder, "--kind", "synthetic"], "synthetic.jsonl: line 0"),
                           ([folder, "--encoder", folder / "empty"], "not an image encoder")]:
         run(*args, *out, code=2)
         assert message in capsys.readouterr().err
