@@ -105,7 +105,7 @@ def parse_args(argv=None):
         parser.set_defaults(**TINY_PRESET)
     args = parser.parse_args(argv)
     for key in ("epochs", "batch_size", "micro_batch", "lr", "lora_r", "sample_every", "save_every"):
-        if getattr(args, key) <= 0:
+        if not 0 < getattr(args, key) < math.inf:
             raise Problem(f"--{key.replace('_', '-')} must be above 0")
     if args.data is None:
         raise Problem("--data is missing: the preference records to train on")
@@ -142,7 +142,6 @@ def prepare(args):
         args.dtype = "bfloat16" if cuda else "float32"
     run = SimpleNamespace(args=args, w=loss_weights(args), cells=OBJECTIVES[args.objective][0])
     run.records = data.Records(args.data)
-    run.held_out = data.Records(args.eval_data) if args.eval_data else []
     per_epoch = math.ceil(len(run.records) / args.batch_size)
     args.steps = args.steps or math.ceil(per_epoch * args.epochs)
     model, run.processor = data.load_model(args.model, args.device, getattr(torch, args.dtype))
@@ -150,6 +149,9 @@ def prepare(args):
         raise Problem(f"{args.model}: sharing the prefix is not exact for {model.config.model_type}"
                       " models (their attention or positions); add --no-share-prefix")
     run.fmt = data.prompt_format(model, args.prompt_format)
+    held_out, run.skipped = data.Records(args.eval_data) if args.eval_data else [], {}
+    run.held_out = [held_out[i] for i in range(len(held_out))
+                    if merge([load(run, held_out, i)], args, run.skipped)[0]]
     run.base = fingerprint(model)
     run.policy = add_adapter(model.requires_grad_(False), args)
     run.identity = {**{k: v for k, v in vars(args).items() if k not in MAY_CHANGE}, **run.w,
@@ -183,8 +185,8 @@ def add_adapter(model, args):
 
 
 def fingerprint(model):
-    """Hash of the frozen weights, from 4,096 values of each tensor."""
-    digest = hashlib.blake2b(digest_size=16)
+    """Hash of the configuration and the frozen weights, from 4,096 values of each tensor."""
+    digest = hashlib.blake2b(model.config.to_json_string().encode(), digest_size=16)
     for name, p in sorted(model.named_parameters()):
         sample = p.detach().flatten()[::max(1, p.numel() // 4096)].float().cpu()
         digest.update(f"{name} {tuple(p.shape)}".encode() + sample.numpy().tobytes())
@@ -196,9 +198,12 @@ def policy_table(run, rows, records):
     import torch
     from symmpo import logp_table
     cuda = run.args.device.startswith("cuda")
-    with torch.autocast("cuda", torch.bfloat16, enabled=cuda and run.args.dtype == "bfloat16"):
-        return logp_table(run.policy, rows, records, not run.args.no_share_prefix,
-                          tokens_per_forward=2048 if cuda else 0)
+    try:
+        with torch.autocast("cuda", torch.bfloat16, enabled=cuda and run.args.dtype == "bfloat16"):
+            return logp_table(run.policy, rows, records, not run.args.no_share_prefix,
+                              tokens_per_forward=2048 if cuda else 0)
+    except ValueError as e:
+        raise Problem(f"{rows[0]['source']}: {e}") from e
 
 
 def reference_table(run, rows, keys, fresh=False):
@@ -303,7 +308,7 @@ def merge(items, args, skipped):
             raise Problem(f"{item}\n--skip-bad goes on without such records; "
                           f"`python data.py check {args.data}` lists them all")
         if key is None:
-            skipped[number] = str(item)
+            skipped[str(item)] = number
             continue
         rows += [{**row, "cells": [(len(keys), i, y) for _, i, y in row["cells"]]} for row in item]
         keys.append(key)
@@ -332,18 +337,25 @@ def claim_folder(args, rank=0):
 
 def save_checkpoint(run, step, optimizer):
     """checkpoint-STEP: adapter in PEFT's format, optimiser, random state, options. It is written
-    under another name, flushed and renamed; older checkpoints go only after that."""
+    under another name, flushed and renamed; older checkpoints go only after that. Raises Problem
+    when it cannot be written, and leaves the older ones."""
     import torch
-    final, temporary = run.args.out / f"checkpoint-{step}", run.args.out / "unfinished"
-    if final.exists():
-        return
+    final, rank = run.args.out / f"checkpoint-{step}", os.environ.get("RANK", 0)
+    temporary = run.args.out / f"unfinished-{rank}"
     shutil.rmtree(temporary, ignore_errors=True)
-    run.policy.save_pretrained(temporary)
-    rng = [torch.get_rng_state()] + torch.cuda.get_rng_state_all() * torch.cuda.is_available()
-    torch.save({"optimizer": optimizer.state_dict(), "rng": rng}, temporary / "state.pt")
-    (temporary / "run.json").write_text(json.dumps(run.identity, indent=1))
-    os.sync()
-    temporary.rename(final)
+    try:
+        if not final.exists():
+            run.policy.save_pretrained(temporary)
+            rng = [torch.get_rng_state()]
+            rng += torch.cuda.get_rng_state_all() * torch.cuda.is_available()
+            torch.save({"optimizer": optimizer.state_dict(), "rng": rng}, temporary / "state.pt")
+            (temporary / "run.json").write_text(json.dumps(run.identity, indent=1))
+            os.sync()
+            temporary.rename(final)
+    except Exception as e:  # a full disk is an OSError, a RuntimeError or a SafetensorError
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise Problem(f"{final}: cannot be written ({e}); earlier checkpoints are as they were, "
+                      "--resume goes on from the last") from e
     for old in run.args.out.glob("checkpoint-*[0-9]"):
         if old != final:
             shutil.rmtree(old)
@@ -352,16 +364,19 @@ def save_checkpoint(run, step, optimizer):
 def load_checkpoint(run, folder, optimizer):
     """Put adapter, optimiser and random state back and return the step to go on with.
 
-    Raises Problem for another run's checkpoint."""
+    Raises Problem for another run's checkpoint or a damaged one."""
     import torch
     from peft import load_peft_weights, set_peft_model_state_dict
-    old = json.loads((folder / "run.json").read_text())
+    try:
+        old, adapter = json.loads((folder / "run.json").read_text()), load_peft_weights(folder, "cpu")
+        state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+    except Exception as e:  # each reader has its own kinds of error for damaged files
+        raise Problem(f"{folder}: damaged ({type(e).__name__}), cannot resume from it") from e
     changed = [f"{k} was {old.get(k)!r}, is {v!r}" for k, v in run.identity.items()
                if old.get(k) != v]
     if changed:
         raise Problem(f"{folder}: cannot resume, this is another run: {'; '.join(changed)}")
-    set_peft_model_state_dict(run.policy, load_peft_weights(folder, device="cpu"))
-    state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+    set_peft_model_state_dict(run.policy, adapter)
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["rng"][0])
     if len(state["rng"]) > 1:
@@ -423,10 +438,9 @@ def held_out(run):
     with torch.no_grad():
         for i in range(len(run.held_out)):
             rows, keys = merge([load(run, run.held_out, i)], run.args, {})
-            if rows:
-                found = compute(run, rows, keys)[1]
-                sums.update({"records": 1, **{k: v.item() for k, v in found.items()}})
-    records = [run.held_out[i] for i in range(min(2, len(run.held_out)))]
+            found = compute(run, rows, keys)[1]
+            sums.update({"records": 1, **{k: v.item() for k, v in found.items()}})
+    records = run.held_out[:2]
     images = [data.open_image(r["image"], r["root"]) for r in records]
     prompts = [record["prompt"] for record in records]
     run.policy.eval()
@@ -463,14 +477,16 @@ def train(args):
     start = load_checkpoint(run, checkpoint, optimizer) if checkpoint else 0
     kept = [line for line in read_metrics(args.out) if line["step"] <= start]
     if rank == 0:  # what was logged after the checkpoint will be logged again
-        (args.out / "metrics.jsonl").write_text("".join(json.dumps(k) + "\n" for k in kept))
-    n, done, stopped, skipped = len(run.records), start, [], {}
+        (args.out / "metrics.tmp").write_text("".join(json.dumps(k) + "\n" for k in kept))
+        os.replace(args.out / "metrics.tmp", args.out / "metrics.jsonl")
+    n, done, stopped = len(run.records), start, []
     handlers = {name: signal.signal(name, lambda number, _: stopped.append(number))
                 for name in (signal.SIGINT, signal.SIGTERM)}  # finish the step, save, then leave
     batches = iter(torch.utils.data.DataLoader(
         range(n), batch_sampler=micro_batches(start, n, args, rank, world),
         collate_fn=lambda numbers: [load(run, run.records, i) for i in numbers],
-        num_workers=args.workers))
+        num_workers=args.workers, multiprocessing_context="fork" if args.workers else None,
+        worker_init_fn=lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN)))  # sent to all of us
     bar = tqdm(total=args.steps, initial=start, unit="step", disable=rank > 0 or None)
     for step in range(start, args.steps):
         # Learning rate: linear warm-up, then half a cosine down to 0.
@@ -485,7 +501,11 @@ def train(args):
         share = len(batch_of(step, n, args)[rank::world])
         for _ in range(math.ceil(share / args.micro_batch)):
             items = next(batches)
-            rows, keys = merge(items, args, skipped)
+            try:
+                rows, keys = merge(items, args, run.skipped)
+            except Problem:
+                save_checkpoint(run, step, optimizer)  # bad input never costs finished work
+                raise
             if not rows:
                 continue
             first = not sums and step == start
@@ -527,7 +547,7 @@ def train(args):
         line = {"step": done, **{name: value / records for name, value in sums.items()},
                 "lr": lr, "grad_norm": norm, "records": records, "tokens_per_second": speed}
         if rank == 0:
-            if len(run.held_out) and (done % args.sample_every == 0 or done == args.steps):
+            if run.held_out and (done % args.sample_every == 0 or done == args.steps):
                 line.update(held_out(run))
             with open(args.out / "metrics.jsonl", "a") as f:
                 f.write(json.dumps(line) + "\n")
@@ -544,7 +564,7 @@ def train(args):
         plot_curves(args.out)
     for name, handler in handlers.items():
         signal.signal(name, handler)
-    return run, done, skipped
+    return run, done
 
 
 def tiny_report(run):
@@ -563,13 +583,16 @@ def tiny_report(run):
 def main(argv=None):
     try:
         args = parse_args(argv)
-        run, done, skipped = train(args)
+        run, done = train(args)
         if args.model == str(TINY / "model"):
             tiny_report(run)
     except Problem as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
-    for reason in skipped.values():
+    except (OSError, sqlite3.Error) as e:  # a full or read-only disk
+        print(f"error: {e}; this run writes to {args.out} and {args.cache}", file=sys.stderr)
+        sys.exit(2)
+    for reason in run.skipped:
         print(f"left out: {reason}")
     print(f"adapter     {args.out / f'checkpoint-{done}'} (PEFT), curves {args.out / 'curves.png'}")
     if done < args.steps:
