@@ -394,7 +394,7 @@ def build_rows(record, processor, fmt, cells, number=0, seed=0, max_length=2048,
         wanted = [y for image, y in cells if image == i]
         responses = [encode_response(processor, fmt, record[RESPONSES[y]]) for y in wanted]
         rows.append({"inputs": inputs, "responses": [torch.tensor(r) for r in responses],
-                     "cells": [(number, i, y) for y in wanted]})
+                     "cells": [(number, i, y) for y in wanted], "source": source})
         if row_length(rows[-1]) > max_length:
             raise Problem(f"{source}: {row_length(rows[-1])} tokens, --max-length is {max_length}: "
                           "raise it, or leave the record out with --skip-bad")

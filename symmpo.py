@@ -319,7 +319,8 @@ def plain_logps(model, rows):
 
 def image_features(model, row):
     """(tokens, width) features of a row's image: computed once, by frozen weights, and kept, so
-    that policy and reference share them. Moving the pixels to the device happens here."""
+    that policy and reference share them. Raises ValueError when their number is not that of the
+    image tokens in the prompt."""
     if "features" not in row:
         base = _base(model)
         images = {key: value.to(base.device, base.dtype if value.is_floating_point() else None)
@@ -328,6 +329,11 @@ def image_features(model, row):
         with torch.no_grad():
             found = base.get_image_features(**images, return_dict=True).pooler_output
         row["features"] = torch.cat([image.flatten(0, -2) for image in found])
+        tokens = (row["inputs"]["input_ids"] == base.config.image_token_id).sum().item()
+        if tokens != len(row["features"]):
+            raise ValueError(f"{tokens} image tokens in the prompt, {len(row['features'])} features"
+                             " from the vision tower: processor and model do not fit (patch_size,"
+                             " num_additional_image_tokens, vision_feature_select_strategy)")
     return row["features"]
 
 
@@ -337,13 +343,8 @@ def _embed(model, rows, ids):
     embeds = base.get_input_embeddings()(ids)
     images = [image_features(model, row) for row in rows if "pixel_values" in row["inputs"]]
     if images:
-        features = torch.cat(images).to(embeds.dtype)
-        here = ids == getattr(base.config, "image_token_id", None)
-        if here.sum() != len(features):
-            raise ValueError(f"the prompt has {int(here.sum())} image tokens, the vision tower "
-                             f"gives {len(features)} features: the processor does not fit the "
-                             "model (patch_size, num_additional_image_tokens)")
-        embeds = embeds.masked_scatter(here[:, None], features)
+        here = (ids == base.config.image_token_id)[:, None]
+        embeds = embeds.masked_scatter(here, torch.cat(images).to(embeds.dtype))
     return embeds[None]
 
 

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -251,6 +252,16 @@ def test_unpackable_families_are_refused_by_name(tmp_path, prefs, llava, capsys)
     message = refusal(capsys, "--model", tmp_path / "gemma", "--data", prefs, "--out",
                       tmp_path / "g", "--cache", tmp_path / "cache", *FAST)
     assert "gemma3" in message and "--no-share-prefix" in message
+
+
+def test_image_tokens_that_do_not_fit_are_explained(llava, prefs, tmp_path, capsys):
+    shutil.copytree(llava, tmp_path / "odd")
+    path = tmp_path / "odd" / "processor_config.json"
+    path.write_text(path.read_text().replace('"num_additional_image_tokens": 1',
+                                             '"num_additional_image_tokens": 2'))
+    message = refusal(capsys, "--model", tmp_path / "odd", "--data", prefs, "--out",
+                      tmp_path / "o", "--cache", tmp_path / "cache", *FAST)
+    assert f"{prefs}:" in message and "17 image tokens" in message and "16 features" in message
 
 
 def test_help_starts_at_once():
