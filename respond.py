@@ -6,9 +6,10 @@
 `build` takes records with an image, a contrast image (`data.py contrast` makes them) and perhaps a
 prompt. A vision model captions both images, the model to be trained answers the prompt several
 times, and a writer sorts the claims in its answers by the caption and writes chosen, rejected and,
-anchored on the other caption, contrast_chosen. Each model is a server (--captioner-url, ...) or a
-local transformers model; the writer is a server. Keys are read from the environment:
-CAPTIONER_API_KEY, POLICY_API_KEY, WRITER_API_KEY, or OPENAI_API_KEY for all.
+anchored on the other caption, contrast_chosen. The writer is a server (--writer-url), captioner
+and policy are servers or local transformers models. Keys are read from the environment alone:
+CAPTIONER_API_KEY, POLICY_API_KEY, WRITER_API_KEY, or OPENAI_API_KEY for all. Every reply is on disk
+before it is used: the same command goes on where a killed one stopped, and asks nothing twice.
 
 How this departs from the paper: it names the steps but publishes neither its prompts nor sampling
 nor filters. The ones below are ours; every record carries their version.
@@ -310,6 +311,7 @@ def image_hash(file):
 
 
 def check_images(records):
+    """Gives a record with an image that cannot be read a `reason`."""
     from tqdm import tqdm
     for r in tqdm(records, desc="images"):
         try:
@@ -378,9 +380,10 @@ def answer_locally(requests, log, path, check, temperature, max_tokens, batch=8)
     from tqdm import tqdm
     model, processor = load_model(path, "cuda" if torch.cuda.is_available() else "cpu")
     form, ids = prompt_format(model), list(requests)
+    changed = [file.stat().st_mtime_ns for file in sorted(Path(path).glob("*.safetensors"))]
     with reply_log(log, check) as (find, append):
         for i in tqdm(range(0, len(ids), batch), desc=log.stem, unit=" batches"):
-            names = [digest(id, path, temperature, max_tokens) for id in ids[i:i + batch]]
+            names = [digest(id, path, changed, temperature, max_tokens) for id in ids[i:i + batch]]
             if (None, 0) in map(find, names):
                 prompts, files = zip(*(requests[id] for id in ids[i:i + batch]))
                 images = [open_image(str(file)) for file in files]
@@ -388,7 +391,7 @@ def answer_locally(requests, log, path, check, temperature, max_tokens, batch=8)
                 torch.manual_seed(int(names[0], 16) % 2**63)
                 out = model.generate(
                     **{k: v.to(model.device) for k, v in inputs.items()}, max_new_tokens=max_tokens,
-                    do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
+                    do_sample=temperature > 0, temperature=temperature or 1.0, top_k=0, top_p=1.0,
                     eos_token_id=end_token_id(processor, form))
                 out = processor.batch_decode(out[:, inputs["input_ids"].shape[1]:],
                                              skip_special_tokens=True)
@@ -405,6 +408,7 @@ def json_with(**kinds):
         text = text.rpartition("</think>")[2]  # reasoning models think aloud first
         try:
             found = json.loads(text[text.index("{"):text.rindex("}") + 1])
+            json.dumps(found, ensure_ascii=False).encode()  # half an emoji fits in no file
         except (ValueError, RecursionError):
             raise ValueError("no JSON object") from None
         for key, kind in kinds.items():
@@ -439,7 +443,7 @@ def assemble(r, args, folder):
 
 def write_lines(path, records):
     """A JSONL file that is there whole or not at all."""
-    with open(f"{path}.tmp", "w", encoding="utf-8") as f:
+    with open(f"{path}.tmp", "w", encoding="utf-8", errors="replace") as f:
         f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
     os.replace(f"{path}.tmp", path)
 

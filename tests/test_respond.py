@@ -441,6 +441,22 @@ def test_malformed_replies_end_in_the_rejected_file_with_their_text(serve, pairs
     assert len(asked) == 3 * 3
 
 
+@pytest.mark.parametrize("reply, fault", [
+    ('Sure! ```json\n{"a": "x", "b": [1]}\n```', None),
+    ('<think>{"a": 1}</think>{"a": "x", "b": [0]}', None),
+    ("no", "no JSON object"), ('{"a": "x", "b": [1]', "no JSON object"),
+    ('{"a": "\\ud83d", "b": [1]}', "no JSON object"), ("{" * 100_000 + "}", "no JSON object"),
+    ('{"b": [1]}', "'a' is missing"), ('{"a": " ", "b": [1]}', "'a' is missing, empty"),
+    ('{"a": "x", "b": []}', "'b' is missing, empty"), ('{"a": ["x"], "b": [1]}', "not a str")])
+def test_json_in_replies(reply, fault):
+    parse = respond.json_with(a=str, b=list)
+    if fault:
+        with pytest.raises(ValueError, match=fault):
+            parse(reply)
+    else:
+        assert parse(reply)["a"] == "x"
+
+
 @pytest.mark.parametrize("change, reason", [
     ({"rejected": "The  cat SAT."}, "chosen and rejected are the same"),
     ({"contrast_chosen": "The cat sat"}, "chosen and contrast_chosen are the same"),
