@@ -391,6 +391,17 @@ def read_metrics(out):
     return [json.loads(line) for line in lines if line.endswith("}\n")]
 
 
+def open_board(args):
+    """A TensorBoard writer into the run's folder, or None without --tensorboard."""
+    if not args.tensorboard:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as e:
+        raise Problem("--tensorboard needs the package: pip install tensorboard") from e
+    return SummaryWriter(args.out)
+
+
 def plot_curves(out):
     """curves.png: loss, preference accuracy, margins and chosen log-prob over the steps."""
     import matplotlib
@@ -471,6 +482,7 @@ def train(args):
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
     lock, checkpoint = claim_folder(args, rank)
+    board = open_board(args) if rank == 0 else None
     run = prepare(args)
     weights = [p for p in run.policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=args.lr, weight_decay=args.weight_decay)
@@ -549,6 +561,9 @@ def train(args):
         if rank == 0:
             if run.held_out and (done % args.sample_every == 0 or done == args.steps):
                 line.update(held_out(run))
+                bar.write("\n".join(f"step {done}: {sample}" for sample in line["samples"]))
+            for name in [k for k, v in line.items() if board and isinstance(v, float)]:
+                board.add_scalar(name, line[name], done)
             with open(args.out / "metrics.jsonl", "a") as f:
                 f.write(json.dumps(line) + "\n")
             if done % args.save_every == 0:

@@ -254,6 +254,22 @@ def test_unpackable_families_are_refused_by_name(tmp_path, prefs, llava, capsys)
     assert "gemma3" in message and "--no-share-prefix" in message
 
 
+def test_held_out_records_samples_and_tensorboard(fit, prefs, tmp_path, capsys):
+    options = ["--eval-data", prefs, "--sample-every", 2, "--tensorboard"]
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # noqa: F401
+    except ImportError:
+        with pytest.raises(SystemExit):
+            fit(*options)
+        assert "pip install tensorboard" in capsys.readouterr().err
+        options.pop()
+    fit(*options, out=tmp_path / "h")
+    lines = train.read_metrics(tmp_path / "h")
+    assert [("eval/loss" in line, len(line.get("samples", []))) for line in lines] == [
+        (False, 0), (True, 2), (True, 2)]
+    assert len(list((tmp_path / "h").glob("events*"))) == len(options) - 4
+
+
 def test_image_tokens_that_do_not_fit_are_explained(llava, prefs, tmp_path, capsys):
     shutil.copytree(llava, tmp_path / "odd")
     path = tmp_path / "odd" / "processor_config.json"
