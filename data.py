@@ -64,18 +64,18 @@ class Records:
         return int(self.starts[-1]) if self.parquet else len(self.offsets)
 
     def __getitem__(self, i):
-        if self.parquet:
-            raw, source = self._parquet_row(i), f"{self.path}: row {i + 1}"
-        else:
-            offset, number = self.offsets[i]
-            source = f"{self.path}:{number}"
-            with open(self.path, "rb") as f:
-                f.seek(offset)
-                try:
-                    raw = json.loads(f.readline())
-                except (ValueError, RecursionError) as e:
-                    raise Problem(f"{source}: not valid JSON ({e})") from e
+        place = f" row {i + 1}" if self.parquet else self.offsets[i][1]
+        source = f"{self.path}:{place}"
+        try:
+            raw = self._parquet_row(i) if self.parquet else self._json_line(i)
+        except (ValueError, OSError, RuntimeError) as e:  # pyarrow's and RecursionError are among them
+            raise Problem(f"{source}: not valid {'parquet' if self.parquet else 'JSON'} ({e})") from e
         return {**normalise(raw, source), "source": source, "root": self.path.parent}
+
+    def _json_line(self, i):
+        with open(self.path, "rb") as f:
+            f.seek(self.offsets[i][0])
+            return json.loads(f.readline())
 
     def _parquet_row(self, i):
         group = int(self.starts.searchsorted(i, side="right")) - 1
@@ -90,7 +90,7 @@ def _open_parquet(path):
     try:
         from pyarrow.parquet import ParquetFile
         file = ParquetFile(path, memory_map=True)
-    except (ImportError, OSError, ValueError) as e:
+    except (ImportError, OSError, ValueError, RuntimeError) as e:
         raise Problem(f"{path}: not a readable parquet file, or no pyarrow to read it: {e}") from e
     sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
     return file, np.cumsum([0, *sizes])
@@ -120,12 +120,12 @@ def normalise(raw, source):
                  "chosen": "resp_1_w", "rejected": "resp_1_l", "contrast_chosen": "resp_2_w"}
         record = {ours: raw.get(theirs) for ours, theirs in names.items()}
     elif "text" in raw and "chosen" not in raw:  # RLHF-V keeps the texts in a JSON string
-        text = raw["text"]
         try:
-            text = json.loads(text) if isinstance(text, str) else text
-        except ValueError as e:
-            raise Problem(f"{source}: the field text is not valid JSON ({e})") from e
-        return normalise({**{k: v for k, v in raw.items() if k != "text"}, **text}, source)
+            text = json.loads(raw["text"]) if isinstance(raw["text"], str) else raw["text"]
+            record = {**raw, **text, "prompt": text["question"]}
+        except (ValueError, TypeError, KeyError, RecursionError) as e:
+            raise Problem(f"{source}: no JSON object with question, chosen, rejected in the field "
+                          f"text ({e})") from e
     elif isinstance(raw.get("chosen"), list):
         record = _conversational(raw, source)
     else:
@@ -157,9 +157,10 @@ def _conversational(raw, source):
         except (TypeError, KeyError, IndexError) as e:
             raise Problem(f"{source}: not a list of messages with role and content") from e
 
-    images = raw.get("images") or [raw.get("image")]
+    images = raw.get("images") or raw.get("image")
+    images = images if isinstance(images, list) else [images]
     prompt = raw.get("prompt") or raw["chosen"][:-1]  # TRL also allows the prompt inside chosen
-    if not isinstance(images, list) or len(images) != 1:
+    if len(images) != 1:
         raise Problem(f"{source}: {len(images)} images; a record has exactly one")
     if not isinstance(prompt, list) or len(prompt) != 1:
         raise Problem(f"{source}: the prompt must be one user turn; longer conversations and "
@@ -199,9 +200,13 @@ def open_image(source, root=None, allow_outside=True):
         source = source.get("bytes") or source.get("path")
     if isinstance(source, str):
         name = path = Path(root or ".") / source
-        if not allow_outside and not path.resolve().is_relative_to(Path(root or ".").resolve()):
+        try:
+            there, inside = path.is_file(), path.resolve().is_relative_to(Path(root or ".").resolve())
+        except (OSError, ValueError, RuntimeError):  # too long, a NUL, a circle of links
+            there = inside = False
+        if not (inside or allow_outside):
             raise Problem(f"{path}: outside the data folder {root} (--allow-outside permits it)")
-        if not path.is_file():
+        if not there:
             raise Problem(f"{path}: no such image file")
     elif isinstance(source, bytes):
         path = io.BytesIO(source)
@@ -349,8 +354,8 @@ def response_frame(processor, fmt):
         whole = processor.apply_chat_template(turn + answer, tokenize=False)
         rest = whole[len(start):] if whole.startswith(start) else "RESPONSE"
         separator, tail = rest.split("RESPONSE", 1)
-        marks = [i for i in tokenizer(tail, add_special_tokens=False).input_ids
-                 if i in tokenizer.all_special_ids]
+        special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+        marks = [i for i in tokenizer(tail, add_special_tokens=False).input_ids if i in special]
         end = marks[0] if marks else end
     return separator.removesuffix(" ") if writes_space(tokenizer) else separator, end
 
@@ -670,4 +675,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # records hold what a terminal may not show
     main()

@@ -51,7 +51,7 @@ def options():
         group.add_argument(f"--{name}", default=default, help=text + note, **more)
 
     g = parser.add_argument_group("what")
-    add(g, "model", None, "model folder or hub name; without it the bundled tiny world is used", str)
+    add(g, "model", None, "model folder or hub name; without it, the bundled tiny world", str)
     add(g, "data", None, "prefs.jsonl or parquet (`python data.py --help` has the form)", str)
     add(g, "objective", "symmpo", "the loss", choices=("dpo", "copo", "mdpo", "symmpo", "sft"))
     add(g, "out", None, "folder for this run (default runs/OBJECTIVE-DATE-TIME)", Path)
@@ -104,7 +104,8 @@ def parse_args(argv=None):
     if not parser.parse_known_args(argv)[0].model:
         parser.set_defaults(**TINY_PRESET)
     args = parser.parse_args(argv)
-    for key in ("epochs", "batch_size", "micro_batch", "lr", "lora_r", "sample_every", "save_every"):
+    for key in ("epochs", "batch_size", "micro_batch", "lr", "lora_r", "max_length",
+                "sample_every", "save_every"):
         if not 0 < getattr(args, key) < math.inf:
             raise Problem(f"--{key.replace('_', '-')} must be above 0")
     if args.data is None:
@@ -158,7 +159,8 @@ def prepare(args):
                     "base": run.base, "format": run.fmt, "records": len(run.records)}
     folder = Path(args.cache).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"{run.base}-{args.dtype}-{'cuda' if cuda else 'cpu'}.sqlite"
+    config = hashlib.blake2b(model.config.to_json_string().encode(), digest_size=4).hexdigest()
+    name = f"{run.base}-{config}-{args.dtype}-{'cuda' if cuda else 'cpu'}.sqlite"
     run.cache = sqlite3.connect(folder / name, timeout=60)  # seconds to wait for other processes
     run.cache.execute("CREATE TABLE IF NOT EXISTS logps (key BLOB PRIMARY KEY, nats BLOB)")
     return run
@@ -185,8 +187,8 @@ def add_adapter(model, args):
 
 
 def fingerprint(model):
-    """Hash of the configuration and the frozen weights, from 4,096 values of each tensor."""
-    digest = hashlib.blake2b(model.config.to_json_string().encode(), digest_size=16)
+    """Hash of the frozen weights, from 4,096 values of each tensor."""
+    digest = hashlib.blake2b(digest_size=16)
     for name, p in sorted(model.named_parameters()):
         sample = p.detach().flatten()[::max(1, p.numel() // 4096)].float().cpu()
         digest.update(f"{name} {tuple(p.shape)}".encode() + sample.numpy().tobytes())
@@ -254,7 +256,7 @@ def verify_start(run, found):
         raise Problem(f"policy and reference differ by {worst:.3g} nats before the first step; they"
                       " are the same weights: dropout, another dtype or another template does this")
     if expected is not None and abs(loss - expected) > tolerance:
-        raise Problem(f"the loss before the first step is {loss:.5f}, its closed form {expected:.5f}")
+        raise Problem(f"the loss before the first step is {loss:.5f}, in closed form {expected:.5f}")
     print(f"step 0      rho = 0 within {worst:.1g} nats, loss {loss:.6f}, closed form "
           + ("none" if expected is None else f"{expected:.6f}"))
 
@@ -329,7 +331,7 @@ def claim_folder(args, rank=0):
         if not args.resume and (found or (args.out / "metrics.jsonl").exists()):
             raise Problem(f"{args.out}: holds another run; choose another --out, or --resume it")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             raise Problem(f"{args.out}: another process is writing into this folder") from e
     return lock, (found[-1] if found else None)
