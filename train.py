@@ -256,7 +256,7 @@ def verify_start(run, found):
         raise Problem(f"policy and reference differ by {worst:.3g} nats before the first step; they"
                       " are the same weights: dropout, another dtype or another template does this")
     if expected is not None and abs(loss - expected) > tolerance:
-        raise Problem(f"the loss before the first step is {loss:.5f}, in closed form {expected:.5f}")
+        raise Problem(f"the loss before the first step is {loss:.5f}, it should be {expected:.5f}")
     print(f"step 0      rho = 0 within {worst:.1g} nats, loss {loss:.6f}, closed form "
           + ("none" if expected is None else f"{expected:.6f}"))
 
@@ -370,7 +370,8 @@ def load_checkpoint(run, folder, optimizer):
     import torch
     from peft import load_peft_weights, set_peft_model_state_dict
     try:
-        old, adapter = json.loads((folder / "run.json").read_text()), load_peft_weights(folder, "cpu")
+        old = json.loads((folder / "run.json").read_text())
+        adapter = load_peft_weights(folder, "cpu")
         state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
     except Exception as e:  # each reader has its own kinds of error for damaged files
         raise Problem(f"{folder}: damaged ({type(e).__name__}), cannot resume from it") from e
@@ -500,7 +501,7 @@ def train(args):
         range(n), batch_sampler=micro_batches(start, n, args, rank, world),
         collate_fn=lambda numbers: [load(run, run.records, i) for i in numbers],
         num_workers=args.workers, multiprocessing_context="fork" if args.workers else None,
-        worker_init_fn=lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN)))  # sent to all of us
+        worker_init_fn=lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN)))  # is ours to act on
     bar = tqdm(total=args.steps, initial=start, unit="step", disable=rank > 0 or None)
     for step in range(start, args.steps):
         # Learning rate: linear warm-up, then half a cosine down to 0.

@@ -44,6 +44,32 @@ def save_llava15(folder, image_size=336, width=32, seed=0, **more):
     return folder
 
 
+def save_gemma3(folder):
+    """A small random Gemma 3 with its own processor (chat template, end of turn); its folder."""
+    import transformers as tf
+    from families import TEXT, VISION
+    marks = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>",
+             "eoi_token": "<end_of_image>"}
+    tokenizer = tf.LlamaTokenizer.from_pretrained(
+        FIXTURES / "llama_tokenizer", pad_token="<pad>", extra_special_tokens=marks)
+    tokenizer.add_tokens(["<start_of_turn>", "<end_of_turn>"], special_tokens=True)
+    template = (
+        "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' "
+        "else m.role }}\n{% for c in m.content %}{{ '<start_of_image>' if c.type == 'image' else "
+        "c.text }}{% endfor %}<end_of_turn>\n{% endfor %}"
+        "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}")
+    tf.Gemma3Processor(tf.Gemma3ImageProcessorPil(size={"height": 28, "width": 28}), tokenizer,
+                       chat_template=template, image_seq_length=4).save_pretrained(folder)
+    image, boi, eoi = (tokenizer.convert_tokens_to_ids(mark) for mark in marks.values())
+    text = tf.Gemma3TextConfig(**{**TEXT, "vocab_size": len(tokenizer), "head_dim": 8,
+                                  "sliding_window": 8,
+                                  "layer_types": ["sliding_attention", "full_attention"]})
+    tf.AutoModelForImageTextToText.from_config(tf.Gemma3Config(
+        vision_config=tf.SiglipVisionConfig(**VISION), text_config=text, mm_tokens_per_image=4,
+        image_token_id=image, boi_token_index=boi, eoi_token_index=eoi)).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def llava(tmp_path_factory):
     """Folder of a small LLaVA with 16 image tokens (56 px)."""

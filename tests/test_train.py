@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import symmpo
 import train
-from conftest import ROOT, write_prefs
+from conftest import ROOT, save_gemma3
 
 FAST = "--lora-r 4 --lora-alpha 8 --lr 1e-2 --steps 3 --batch-size 4 --sample-every 99".split()
 
@@ -129,12 +129,15 @@ def test_two_processes_equal_one(llava, prefs, fit, tmp_path):
 
 
 def test_one_folder_one_process(fit, tmp_path, capsys):
-    import fcntl
     (tmp_path / "busy").mkdir()
-    with open(tmp_path / "busy" / ".lock", "w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(SystemExit):
-            fit(out=tmp_path / "busy")
+    hold = ("import fcntl; f = open('.lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX); "
+            "print('held', flush=True); input()")
+    other = subprocess.Popen([sys.executable, "-c", hold], cwd=tmp_path / "busy", text=True,
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(SystemExit):
+        fit(out=tmp_path / "busy")
+    other.communicate("\n")
     assert "another process" in capsys.readouterr().err
 
 
@@ -222,8 +225,8 @@ def test_bad_input_is_named(llava, prefs, tmp_path, capsys, fit):
         ([*base, "--data", prefs, "--lr", "0"], "--lr must be above 0"),
         ([*base, "--data", prefs, "--resume"], "--resume needs --out"),
         ([*base, "--data", prefs, "--anchors", "foo"], "known cells"),
-        ([*base, "--data", prefs, "--max-length", 40, "--out", tmp_path / "c"], "--max-length is 40"),
-        (["--model", tmp_path, "--data", prefs, "--out", tmp_path / "d"], "no vision-language model"),
+        ([*base, "--data", prefs, "--max-length", 40, "--out", tmp_path / "c"], "-length is 40"),
+        (["--model", tmp_path, "--data", prefs, "--out", tmp_path / "d"], "no vision-language"),
     ]:
         assert reason in refusal(capsys, *argv)
     for argv in (["--objective", "ppo"], ["--no-such-option"]):
@@ -243,15 +246,16 @@ def test_a_folder_is_never_overwritten(fit, llava, prefs, tmp_path, capsys):
     assert "lr was 0.01, is 0.5" in refusal(capsys, *base, "--resume", "--lr", "0.5")
 
 
-def test_unpackable_families_are_refused_by_name(tmp_path, prefs, llava, capsys):
-    import transformers
-    from families import tiny_model
-    model, _ = tiny_model("gemma3")
-    model.save_pretrained(tmp_path / "gemma")
-    transformers.AutoProcessor.from_pretrained(llava).save_pretrained(tmp_path / "gemma")
-    message = refusal(capsys, "--model", tmp_path / "gemma", "--data", prefs, "--out",
-                      tmp_path / "g", "--cache", tmp_path / "cache", *FAST)
+def test_unpackable_families_are_refused_by_name_and_train_without(tmp_path, prefs, capsys):
+    folder = save_gemma3(tmp_path / "gemma")
+    argv = ["--model", folder, "--data", prefs, "--cache", tmp_path / "cache", *FAST, "--out",
+            tmp_path / "g"]
+    message = refusal(capsys, *argv)
     assert "gemma3" in message and "--no-share-prefix" in message
+    train.main([str(a) for a in [*argv, "--no-share-prefix"]])
+    text = capsys.readouterr().out
+    assert "<start_of_turn>model" in text and "<end_of_turn>'" in text  # its own end is trained on
+    assert [round(line["loss"], 3) for line in train.read_metrics(tmp_path / "g")][0] == 2.773
 
 
 def test_held_out_records_samples_and_tensorboard(fit, prefs, tmp_path, capsys):
