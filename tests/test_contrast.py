@@ -186,6 +186,9 @@ def test_every_encoder_family_finds_neighbours_and_no_duplicates(folder, encoder
     assert len(found) == 10
     assert all(found[image]["contrast_image"] not in same for image in same)
     assert all(r["contrast_kind"] == "clip" and r["similarity"] <= 0.999 for r in found.values())
+    run(folder, "--out", folder / "all.jsonl", "--encoder", encoder, "--max-sim", 2)
+    pairs = {r["image"]: r["contrast_image"] for r in lines(folder / "all.jsonl")}
+    assert pairs["0.png"] == pairs["copy.bmp"] == "nearly.png"  # without a ceiling, the same pixels
     vectors, _ = data.embed([folder / f"{i}.png" for i in range(8)], encoder, folder / "cache")
     assert vectors.norm(dim=1).allclose(torch.ones(8))
     near = round(float(vectors[4] @ vectors[int(found["4.png"]["contrast_image"][0])]), 4)
