@@ -463,6 +463,7 @@ def embed(files, encoder, cache, batch=64):
     weights = hashlib.sha256(str(processor).encode())
     for tensor in model.state_dict().values():
         weights.update(tensor.numpy())
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     vectors, pixels = [], []
     Path(cache).mkdir(exist_ok=True)
     for i in tqdm(range(0, len(files), batch), desc="embedding", unit=" batches"):
@@ -472,9 +473,10 @@ def embed(files, encoder, cache, batch=64):
         kept, part = Path(cache, f"{key}.npy"), Path(cache, "part.npy")
         if not kept.exists():
             with torch.no_grad():
-                found = features(**processor(images=images, return_tensors="pt"), return_dict=True)
+                inputs = processor(images=images, return_tensors="pt").to(model.device)
+                found = features(**inputs, return_dict=True)
             pooled = [x.reshape(-1, x.shape[-1]).mean(0) for x in found.pooler_output]
-            np.save(part, torch.nn.functional.normalize(torch.stack(pooled), dim=-1))
+            np.save(part, torch.nn.functional.normalize(torch.stack(pooled), dim=-1).cpu())
             os.replace(part, kept)
         vectors.append(np.load(kept))
     return torch.from_numpy(np.concatenate(vectors)), pixels
