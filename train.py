@@ -137,6 +137,8 @@ def prepare(args):
     import torch
     from symmpo import OBJECTIVES
     torch.manual_seed(args.seed)
+    if args.model == TINY_PRESET["model"]:
+        torch.set_num_threads(1)  # its matrices are too small to be shared between threads
     cuda = args.device.startswith("cuda") or args.device == "auto" and torch.cuda.is_available()
     args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
     if args.dtype == "auto":
@@ -153,7 +155,7 @@ def prepare(args):
     held_out, run.skipped = data.Records(args.eval_data) if args.eval_data else [], {}
     run.held_out = [held_out[i] for i in range(len(held_out))
                     if merge([load(run, held_out, i)], args, run.skipped)[0]]
-    run.base = fingerprint(model)
+    run.base = data.fingerprint(model)
     run.policy = add_adapter(model.requires_grad_(False), args)
     run.identity = {**{k: v for k, v in vars(args).items() if k not in MAY_CHANGE}, **run.w,
                     "base": run.base, "format": run.fmt, "records": len(run.records)}
@@ -184,15 +186,6 @@ def add_adapter(model, args):
     if args.grad_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     return policy.train()  # checkpointing is off in eval mode; dropout is 0 unless asked for
-
-
-def fingerprint(model):
-    """Hash of the frozen weights, from 4,096 values of each tensor."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, p in sorted(model.named_parameters()):
-        sample = p.detach().flatten()[::max(1, p.numel() // 4096)].float().cpu()
-        digest.update(f"{name} {tuple(p.shape)}".encode() + sample.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def policy_table(run, rows, records):
@@ -602,7 +595,7 @@ def main(argv=None):
     try:
         args = parse_args(argv)
         run, done = train(args)
-        if args.model == str(TINY / "model"):
+        if args.model == TINY_PRESET["model"]:
             tiny_report(run)
     except Problem as e:
         print(f"error: {e}", file=sys.stderr)
