@@ -595,7 +595,9 @@ def main(argv=None):
     try:
         args = parse_args(argv)
         run, done = train(args)
-        if args.model == TINY_PRESET["model"]:
+        if os.environ.get("RANK", "0") != "0":
+            return  # rank 0 speaks for all
+        if args.model == TINY_PRESET["model"] and done == args.steps:
             tiny_report(run)
     except Problem as e:
         print(f"error: {e}", file=sys.stderr)
