@@ -245,10 +245,10 @@ def load_processor(path):
     """(config, processor) of a checkpoint folder or hub name; raises Problem when there is none."""
     from transformers import AutoConfig, AutoProcessor
     try:
-        config, processor = AutoConfig.from_pretrained(path), AutoProcessor.from_pretrained(path)
-    except (OSError, ValueError, KeyError, ImportError) as e:
-        raise Problem(f"{path}: no vision-language model could be read there: "
-                      f"{str(e).splitlines()[0]}") from e
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+    except Exception as e:  # every reader of a damaged file has its own kind of error
+        raise Problem(f"{path}: no vision-language model could be read there: {first_line(e)}") from e
     if not hasattr(processor, "tokenizer"):
         raise Problem(f"{path}: this is a text model, its processor takes no images")
     # Processors saved years ago lack what decides the number of image tokens (575 against 576).
@@ -260,6 +260,10 @@ def load_processor(path):
     return config, processor
 
 
+def first_line(error):
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def load_model(path, device="cpu", dtype=None, adapter=None):
     """(model, processor), in eval mode with sdpa attention; dtype by default bf16 on CUDA, else
     fp32; adapter: a PEFT folder. Raises Problem when either cannot be read or they do not fit."""
@@ -269,13 +273,33 @@ def load_model(path, device="cpu", dtype=None, adapter=None):
     dtype = dtype or (torch.bfloat16 if str(device).startswith("cuda") else torch.float32)
     try:
         model = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, attn_implementation="sdpa").to(device).eval()
-        if adapter:
-            from peft import PeftModel
-            model = PeftModel.from_pretrained(model, adapter).eval()
-    except (OSError, ValueError, RuntimeError) as e:
-        raise Problem(f"{adapter or path}: cannot be loaded: {str(e).splitlines()[0]}") from e
-    return model, processor
+            path, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False).to(device).eval()
+    except Exception as e:
+        raise Problem(f"{path}: the model cannot be loaded: {first_line(e)}") from e
+    return (load_adapter(model, adapter) if adapter else model), processor
+
+
+def load_adapter(model, folder):
+    """The model with a PEFT adapter, in eval mode. Raises Problem for a folder that has none, or
+    one for another base: train.py keeps the fingerprint of the base that it trained on."""
+    from peft import PeftModel
+    made = Path(folder, "run.json")
+    made = json.loads(made.read_text()) if made.is_file() else {}
+    if made.get("dtype") == str(model.dtype)[6:] and made["base"] != fingerprint(model):
+        raise Problem(f"{folder}: an adapter for another base model, {made['model']}")
+    try:
+        return PeftModel.from_pretrained(model, folder).eval()
+    except Exception as e:
+        raise Problem(f"{folder}: the adapter cannot be loaded: {first_line(e)}") from e
+
+
+def fingerprint(model):
+    """Hash of a model's weights, from 4,096 values of each tensor; another one for each dtype."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, p in sorted(model.named_parameters()):
+        sample = p.detach().flatten()[::max(1, p.numel() // 4096)].float().cpu()
+        digest.update(f"{name} {tuple(p.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def prompt_format(model, requested="auto"):
@@ -297,8 +321,11 @@ def render(processor, fmt, prompt, image=True):
         text = f"{VICUNA} USER: {place}{prompt} ASSISTANT:"
     else:
         content = [{"type": "image"}] * image + [{"type": "text", "text": prompt}]
-        text = processor.apply_chat_template([{"role": "user", "content": content}],
-                                             add_generation_prompt=True, tokenize=False)
+        try:
+            text = processor.apply_chat_template([{"role": "user", "content": content}],
+                                                 add_generation_prompt=True, tokenize=False)
+        except ValueError as e:
+            raise Problem("the model has no chat template; try --prompt-format vicuna") from e
     if writes_space(tokenizer):
         text = text.rstrip(" ")  # the response brings its own
     bos = tokenizer.bos_token or ""
@@ -454,12 +481,14 @@ def embed(files, encoder, cache, batch=64):
     import numpy as np
     import torch
     from tqdm import tqdm
-    from transformers import AutoImageProcessor, AutoModel
+    from transformers import AutoModel, AutoProcessor
     try:
-        model = AutoModel.from_pretrained(encoder, dtype=torch.float32).eval()
-        processor, features = AutoImageProcessor.from_pretrained(encoder), model.get_image_features
-    except (OSError, ValueError, AttributeError) as e:
-        raise Problem(f"{encoder}: not an image encoder (CLIP, SigLIP, LLaVA): {e}") from e
+        model = AutoModel.from_pretrained(encoder, dtype=torch.float32, trust_remote_code=False).eval()
+        processor = AutoProcessor.from_pretrained(encoder, trust_remote_code=False)
+        processor = getattr(processor, "image_processor", processor)  # of a CLIP with its text half
+        features = model.get_image_features
+    except Exception as e:
+        raise Problem(f"{encoder}: not an image encoder (CLIP, SigLIP, LLaVA): {first_line(e)}") from e
     weights = hashlib.sha256(str(processor).encode())
     for tensor in model.state_dict().values():
         weights.update(tensor.numpy())
@@ -543,9 +572,10 @@ def image_records(path):
     try:
         with open(path, encoding="utf-8") as f:
             for number, line in enumerate(f, 1):
-                records.append({**json.loads(line)})
-                path / records[-1]["image"]
-    except (OSError, ValueError, TypeError, KeyError) as e:
+                if line.strip():
+                    records.append({**json.loads(line)})
+                    path / records[-1]["image"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
         raise Problem(f"{path}: line {number}: not a JSON record with an image path ({e!r})") from e
     return path.parent, records
 

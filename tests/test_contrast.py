@@ -140,11 +140,11 @@ def test_ready_pictures_come_through_a_mapping(folder):
 
 
 def test_errors_name_the_place(folder, capsys):
-    (folder / "in.jsonl").write_text('{"image": "0.png"}\n{"picture": 1}\n')
+    (folder / "in.jsonl").write_text('{"image": "0.png"}\n\n{"picture": 1}\n')
     (folder / "gone.jsonl").write_text('{"image": "gone.png"}\n')
     (folder / "empty").mkdir()
     out = ["--out", folder / "out.jsonl"]
-    for args, message in [([folder / "in.jsonl", "--kind", "crop"], "in.jsonl: line 2"),
+    for args, message in [([folder / "in.jsonl", "--kind", "crop"], "in.jsonl: line 3"),
                           ([folder / "gone.jsonl", "--kind", "crop"], "gone.png: no such image"),
                           ([folder / "none.jsonl", "--kind", "crop"], "No such file"),
                           ([folder / "empty", "--kind", "crop"], "no images"),
