@@ -68,8 +68,9 @@ class Records:
         source = f"{self.path}:{place}"
         try:
             raw = self._parquet_row(i) if self.parquet else self._json_line(i)
-        except (ValueError, OSError, RuntimeError) as e:  # pyarrow's and RecursionError are among them
-            raise Problem(f"{source}: not valid {'parquet' if self.parquet else 'JSON'} ({e})") from e
+        except (ValueError, OSError, RuntimeError) as e:  # among them pyarrow's and RecursionError
+            kind = "parquet" if self.parquet else "JSON"
+            raise Problem(f"{source}: not valid {kind} ({e})") from e
         return {**normalise(raw, source), "source": source, "root": self.path.parent}
 
     def _json_line(self, i):
@@ -199,9 +200,10 @@ def open_image(source, root=None, allow_outside=True):
     if isinstance(source, dict):
         source = source.get("bytes") or source.get("path")
     if isinstance(source, str):
-        name = path = Path(root or ".") / source
+        folder = Path(root or ".")
+        name = path = folder / source
         try:
-            there, inside = path.is_file(), path.resolve().is_relative_to(Path(root or ".").resolve())
+            there, inside = path.is_file(), path.resolve().is_relative_to(folder.resolve())
         except (OSError, ValueError, RuntimeError):  # too long, a NUL, a circle of links
             there = inside = False
         if not (inside or allow_outside):
@@ -248,7 +250,8 @@ def load_processor(path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
     except Exception as e:  # every reader of a damaged file has its own kind of error
-        raise Problem(f"{path}: no vision-language model could be read there: {first_line(e)}") from e
+        raise Problem(f"{path}: no vision-language model could be read there: "
+                      f"{first_line(e)}") from e
     if not hasattr(processor, "tokenizer"):
         raise Problem(f"{path}: this is a text model, its processor takes no images")
     # Processors saved years ago lack what decides the number of image tokens (575 against 576).
@@ -273,7 +276,8 @@ def load_model(path, device="cpu", dtype=None, adapter=None):
     dtype = dtype or (torch.bfloat16 if str(device).startswith("cuda") else torch.float32)
     try:
         model = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False).to(device).eval()
+            path, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False)
+        model.to(device).eval()
     except Exception as e:
         raise Problem(f"{path}: the model cannot be loaded: {first_line(e)}") from e
     return (load_adapter(model, adapter) if adapter else model), processor
@@ -481,14 +485,15 @@ def embed(files, encoder, cache, batch=64):
     import numpy as np
     import torch
     from tqdm import tqdm
-    from transformers import AutoModel, AutoProcessor
+    from transformers import AutoImageProcessor, AutoModel
     try:
-        model = AutoModel.from_pretrained(encoder, dtype=torch.float32, trust_remote_code=False).eval()
-        processor = AutoProcessor.from_pretrained(encoder, trust_remote_code=False)
-        processor = getattr(processor, "image_processor", processor)  # of a CLIP with its text half
+        safe = {"trust_remote_code": False}
+        model = AutoModel.from_pretrained(encoder, dtype=torch.float32, **safe).eval()
+        processor = AutoImageProcessor.from_pretrained(encoder, **safe)
         features = model.get_image_features
     except Exception as e:
-        raise Problem(f"{encoder}: not an image encoder (CLIP, SigLIP, LLaVA): {first_line(e)}") from e
+        raise Problem(f"{encoder}: not an image encoder (CLIP, SigLIP, LLaVA): "
+                      f"{first_line(e)}") from e
     weights = hashlib.sha256(str(processor).encode())
     for tensor in model.state_dict().values():
         weights.update(tensor.numpy())
