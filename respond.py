@@ -272,9 +272,9 @@ def build(args):
     args.work = Path(f"{out}.work")
     args.work.mkdir(parents=True, exist_ok=True)
     records = [{"given": r, "question": r.get("prompt") or r.get("question") or QUESTION,
-                "files": [root / r[key] for key in ("image", "contrast_image") if r.get(key)]}
+                "files": [root / str(r[key]) for key in ("image", "contrast_image") if r.get(key)]}
                for r in given]
-    check_images(records)
+    check_records(records, root, args.allow_outside)
     ask = functools.partial(ask_step, args, records)
     ask("captions", "captioner", lambda r: [(CAPTION, file) for file in r["files"]])
     ask("samples", "policy", lambda r: [(r["question"], r["files"][0])] * args.samples)
@@ -303,22 +303,23 @@ def build(args):
         print(f"{name:32}" + "".join(f"{cell:>8}" for cell in cells))
 
 
-@functools.cache
-def image_hash(file):
-    """Hash of an image file's bytes; Problem if it is not an image."""
-    open_image(str(file))
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def check_images(records):
-    """Gives a record with an image that cannot be read a `reason`."""
+def check_records(records, root, allow_outside):
+    """Gives a record a `reason` if an image cannot be read, or is none of the data folder's: images
+    are sent to servers, and a record may come from anywhere."""
     from tqdm import tqdm
     for r in tqdm(records, desc="images"):
         try:
+            if not isinstance(r["question"], str):
+                raise Problem("the prompt is not text")
             for file in r["files"]:
-                image_hash(file)
+                open_image(os.path.relpath(file, root), root, allow_outside)
         except Problem as e:
-            r["reason"] = f"image: {e}"
+            r["reason"] = f"record: {e}"
+
+
+@functools.cache
+def file_hash(file):
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def some_text(text):
@@ -338,7 +339,7 @@ def ask_step(args, records, name, role, questions, parse=some_text):
     requests, wanted, log = {}, [], args.work / f"{name}.jsonl"
     for r in records:
         asked = [] if "reason" in r else questions(r)
-        ids = [digest(prompt, file and image_hash(file), asked[:k].count((prompt, file)))
+        ids = [digest(prompt, file and file_hash(file), asked[:k].count((prompt, file)))
                for k, (prompt, file) in enumerate(asked)]
         requests |= zip(ids, asked)
         wanted.append(ids)
@@ -582,6 +583,8 @@ def main(argv=None):
     p.add_argument("--samples", type=int, default=4, help="answers of the policy (default 4)")
     p.add_argument("--max-side", type=int, default=1024, help="px of images sent (default 1024)")
     p.add_argument("--concurrency", type=int, default=8, help="requests at a time (default 8)")
+    p.add_argument("--allow-outside", action="store_true",
+                   help="send images that are not in the data file's folder, too")
     p.add_argument("--timeout", type=float, default=120, help="seconds a request (default 120)")
     p.set_defaults(run=build)
     p = commands.add_parser("report", help="look at records in a browser")

@@ -419,6 +419,20 @@ def test_build_makes_records_that_training_takes(serve, pairs, llava, capfd):
     assert "word overlap" in everything and KEY not in everything
 
 
+def test_images_outside_the_data_folder_are_not_sent(serve, pairs, capfd):
+    url, bodies = serve(oracle)
+    (pairs.parent / "data").mkdir()
+    inside = pairs.parent / "data" / "pairs.jsonl"
+    inside.write_text('{"image": "../red.png", "contrast_image": "../green.png"}\n'
+                      '{"image": "../red.png", "contrast_image": {"path": 1}}\n'
+                      '{"image": "../red.png", "prompt": ["What?"]}\n')
+    respond.main(build_args(inside, url))
+    reasons = [r["reason"] for r in lines(inside.parent / "rejected_records.jsonl")]
+    assert len(reasons) == 3 and "--allow-outside" in reasons[0] and not bodies
+    respond.main(build_args(inside, url) + ["--allow-outside"])
+    assert len(lines(inside.parent / "prefs.jsonl")) == 1
+
+
 def test_malformed_replies_end_in_the_rejected_file_with_their_text(serve, pairs):
     wrong = {"red": "no claims, sorry", "green": '{"consistent": ["a"], "inconsistent": []}',
              "blue": '{"consistent": "a", "inconsistent": ["b"]}'}
