@@ -1,0 +1,185 @@
+"""The embedded default: its truth is read back from the pictures, its model hallucinates as stated."""
+import base64
+import json
+
+import pytest
+
+import data
+import evaluate
+from conftest import ROOT
+from tiny import make
+from tiny.world import (CELL, COLORS, INK, NOUNS, NUMBERS, ask, caption, content, draw, invented,
+                        names, objects, place, truth, yes_no)
+
+TINY = ROOT / "tiny"
+MANIFEST = json.loads((TINY / "manifest.json").read_text())
+QUESTIONS = {ask(q): q for q in [
+    *(("exists", n) for n in NOUNS), *(("state", n, c) for n in NOUNS for c in COLORS),
+    *(("number", n) for n in range(1, len(NUMBERS)))]}
+
+
+def tiles(image):
+    return [image.crop((x, y, x + CELL, y + CELL)) for y in (0, 16, 32) for x in (0, 16, 32)]
+
+
+def shape(tile):
+    """(which pixels are painted, their colours): the paper is lighter than every ink."""
+    pixels = list(tile.get_flattened_data())
+    return tuple(sum(p) < 600 for p in pixels), [p for p in pixels if sum(p) < 600]
+
+
+@pytest.fixture(scope="module")
+def see():
+    """see(image) reads a scene off a picture, by the outlines alone."""
+    outlines = {}
+    for noun in NOUNS:
+        for look in range(30):  # every place a glyph can be shifted to comes up
+            picture = draw(place(look, {4: (noun, "black")}))
+            outlines[shape(tiles(picture)[4])[0]] = noun
+
+    def angle(ink, color):
+        norm = sum(v * v for v in ink) * sum(v * v for v in INK[color])
+        return sum(a * b for a, b in zip(ink, INK[color])) / norm ** 0.5
+
+    def read(source, root=TINY):
+        cells = {}
+        for cell, tile in enumerate(tiles(data.open_image(source, root))):
+            outline, ink = shape(tile)
+            if ink:
+                cells[cell] = outlines[outline], max(COLORS, key=lambda c: angle(ink[0], c))
+        return place(0, cells)
+    return read
+
+
+def lines(name):
+    return [json.loads(line) for line in (TINY / name).read_text().splitlines()]
+
+
+def test_the_committed_products_are_those_of_the_manifest():
+    found = make.digests(TINY)
+    assert {name: found.get(name) for name in MANIFEST["sha256"]} == MANIFEST["sha256"]
+
+
+@pytest.mark.parametrize("name", ["prefs.jsonl", "val.jsonl"])
+def test_records_are_true(name, see):
+    records = lines(name)
+    assert {r["kind"] for r in records} == {"edit", "neighbour"}
+    for r in records:
+        scene, other = see(r["image"]), see(r["contrast_image"])
+        assert content(scene) != content(other)
+        assert r["chosen"] != r["rejected"] and r["chosen"] != r["contrast_chosen"]
+        if r["kind"] == "edit":  # one object added, removed or recoloured
+            changed = set(scene["cells"].items()) ^ set(other["cells"].items())
+            assert len({cell for cell, _ in changed}) == 1
+        if r["task"] == "caption":
+            assert r["chosen"] == caption(objects(scene))
+            assert r["contrast_chosen"] == caption(objects(other))
+            assert set(invented(r["rejected"], scene)) & set(names(other))
+        else:
+            question = QUESTIONS[r["prompt"]]
+            assert r["chosen"] == yes_no(truth(question, scene)) != r["rejected"]
+            assert r["contrast_chosen"] == yes_no(truth(question, other))
+
+
+@pytest.mark.parametrize("name", ["amber", "amber_val"])
+def test_amber_is_true(name, see):
+    notes = json.loads((TINY / name / "annotations.json").read_text())
+    queries = json.loads((TINY / name / "query/query_all.json").read_text())
+    assert [n["id"] for n in notes] == [q["id"] for q in queries] == [*range(1, len(notes) + 1)]
+    for query, note in zip(queries, notes):
+        scene = see(query["image"], TINY / name / "image")
+        if note["type"] == "generative":
+            assert note["truth"] == names(scene) and not set(note["hallu"]) & set(names(scene))
+        else:
+            question = QUESTIONS[query["query"]]
+            assert make.AMBER_TYPES[question[0]] == note["type"]
+            assert note["truth"] == yes_no(truth(question, scene)).lower()
+
+
+def test_the_other_sets_are_true(see):
+    for row in json.loads((TINY / "hallusionbench/HallusionBench.json").read_text()):
+        scene = see(row["filename"], TINY / "hallusionbench")
+        assert truth(QUESTIONS[row["question"]], scene) is (row["gt_answer"] == "1")
+    for row in lines("mmstar/mmstar.jsonl"):
+        scene = see(base64.b64decode(row["image"]))
+        question, options = row["question"].split("\nOptions: ")
+        options = dict(option.split(": ") for option in options.split(", "))
+        right = {"objects": names(scene), "numbers": [NUMBERS[len(objects(scene))]],
+                 "colors": [c for n, c in objects(scene) if f"the {n}?" in question]}
+        assert [k for k, v in options.items() if v in right[row["category"]]] == [row["answer"]]
+    rows = lines("objhal/obj_halbench_300_with_image.jsonl")
+    texts = [caption(objects(see(base64.b64decode(row["image"])))) for row in rows]
+    assert objhal_score(rows, texts) == {"response_hallucination": 0, "mention_hallucination": 0}
+    everything = " and ".join(f"a {noun}" for noun in NOUNS)
+    assert objhal_score(rows, [everything] + texts[1:])["mention_hallucination"] > 0
+
+
+def objhal_score(rows, texts):
+    answers = [{**row, "text": text} for row, text in zip(rows, texts)]
+    return evaluate.score("objhal", answers, TINY / "objhal")["metrics"]
+
+
+def test_no_split_shares_a_scene(see):
+    def seen(files, root):
+        return {content(see(str(f), root)) for f in files}
+
+    groups = [seen({r[k] for r in lines(name) for k in ("image", "contrast_image")}, TINY)
+              for name in ("prefs.jsonl", "val.jsonl")]
+    groups += [seen((TINY / f).glob("*.png"), None) for f in (
+        "amber/image", "amber_val/image", "hallusionbench/VD/figure")]
+    groups += [{content(see(base64.b64decode(row["image"]))) for row in lines(name)} for name in (
+        "mmstar/mmstar.jsonl", "objhal/obj_halbench_300_with_image.jsonl")]
+    assert sum(map(len, groups)) == len(set().union(*groups))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return data.load_model(TINY / "model")
+
+
+def test_the_model_sees_well_and_hallucinates(model):
+    assert data.prompt_format(model[0]) == "vicuna"
+    metrics = evaluate.measure(*model, "vicuna", TINY / "amber_val", batch_size=100,
+                               max_new_tokens=64)["metrics"]
+    assert 10 < metrics["generative"]["Hal"] < 40 and metrics["generative"]["Cover"] > 80
+    assert 70 < metrics["discriminative"]["Accuracy"] < 95
+
+
+def test_lessons_have_the_layout_of_data_py(model):
+    """The rows the model was trained on are prompts and responses as data.py encodes them, and a
+    row of several branches has the loss of the branches one by one."""
+    import torch
+    model, processor = model
+    scene = place(7, {0: ("cup", "red"), 5: ("fork", "blue")})
+    qa = [("Describe this image.", caption(objects(scene))), ("Is there a cup in this image?", "Yes")]
+    for prompt, answer in qa:
+        ids, branch, position, label = make.encode(processor, [(prompt, answer)])
+        inputs = data.encode_prompts(processor, "vicuna", [prompt], [draw(scene)])
+        response = data.encode_response(processor, "vicuna", answer)
+        assert ids == inputs["input_ids"][0].tolist() + response
+        assert [i for i in label if i != -100] == response and position == [*range(len(ids))]
+    with torch.no_grad():
+        features = make.patches(model, processor, [scene])
+        one, two, both = (make.lesson_loss(model, features, [make.encode(processor, part)])
+                          for part in (qa[:1], qa[1:], qa))
+    sizes = [len(data.encode_response(processor, "vicuna", answer)) for _, answer in qa]
+    assert torch.allclose(both, (sizes[0] * one + sizes[1] * two) / sum(sizes), atol=1e-5)
+
+
+def test_the_chat_template_is_the_vicuna_prompt(model):
+    _, processor = model
+    assert data.render(processor, "chat", "Hello?") == data.render(processor, "vicuna", "Hello?")
+    said = processor.tokenizer(" a red cup", add_special_tokens=False).input_ids
+    assert processor.tokenizer.convert_ids_to_tokens(said) == ["▁a", "▁red", "▁cup"]
+    assert processor.tokenizer.decode(said) == "a red cup"
+
+
+def test_make_builds_the_same_twice(tmp_path, capsys):
+    for name in "ab":
+        make.main(["--out", str(tmp_path / name), "--quick"])
+    first, second = (json.loads((tmp_path / n / "manifest.json").read_text()) for n in "ab")
+    assert first == second and set(first["sha256"]) == set(MANIFEST["sha256"])
+    records = data.Records(tmp_path / "a/prefs.jsonl")
+    assert all(not data.lacks(records[i], [(0, 1), (1, 2)]) for i in range(len(records)))
+    with pytest.raises(SystemExit):  # a folder with a build is left alone
+        make.main(["--out", str(tmp_path / "a"), "--quick"])
