@@ -457,32 +457,10 @@ def picture(image, folder, subfolder):
                       "where the images come from") from e
 
 
-def generate_batch(model, processor, fmt, prompts, images=None, max_new_tokens=1024, beams=1,
-                   temperature=0.0):
-    """The model's texts for a batch of prompts, each with its PIL image (or all without).
-
-    Left-padded and KV-cached. Greedy, or sampled from torch's generator at a temperature above 0;
-    greedy texts do not depend on what else is in the batch.
-    """
-    from transformers import GenerationConfig
-    tokenizer, end = processor.tokenizer, data.end_token_id(processor, fmt)
-    sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens, num_beams=beams, do_sample=temperature > 0, **sampling,
-        eos_token_id=sorted({end, tokenizer.eos_token_id} - {None}), use_cache=True,
-        pad_token_id=end if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
-    inputs = data.encode_prompts(processor, fmt, prompts, images)
-    inputs = {name: x.to(model.device, model.dtype if x.is_floating_point() else x.dtype)
-              for name, x in inputs.items()}
-    tokens = model.generate(**inputs, generation_config=config)
-    texts = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1]:],
-                                   skip_special_tokens=True)
-    return [text.strip() for text in texts]
-
-
 def respond(model, processor, fmt, items, batch_size=16, seed=0, **decoding):
     """Yields the model's text for each item of `questions`, in order; keeps none of them."""
     import torch
+    from respond import generate_batch
     from tqdm import tqdm
     with tqdm(total=len(items), unit=" items", desc="answering") as bar:
         for seen, group in itertools.groupby(items, key=lambda item: item[1] is not None):

@@ -374,6 +374,29 @@ def replies(args, role, requests, log, check):
                         key_env=own if own in os.environ else "OPENAI_API_KEY", **SAMPLING[role]))
 
 
+def generate_batch(model, processor, fmt, prompts, images=None, max_new_tokens=1024, beams=1,
+                   temperature=0.0):
+    """The model's texts for a batch of prompts, each with its PIL image (or all without).
+
+    Left-padded and KV-cached. Greedy, or sampled from torch's generator at a temperature above 0;
+    greedy texts do not depend on what else is in the batch.
+    """
+    from transformers import GenerationConfig
+    tokenizer, end = processor.tokenizer, end_token_id(processor, fmt)
+    sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, num_beams=beams, do_sample=temperature > 0, **sampling,
+        eos_token_id=sorted({end, tokenizer.eos_token_id} - {None}), use_cache=True,
+        pad_token_id=end if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+    inputs = encode_prompts(processor, fmt, prompts, images)
+    inputs = {name: x.to(model.device, model.dtype if x.is_floating_point() else x.dtype)
+              for name, x in inputs.items()}
+    tokens = model.generate(**inputs, generation_config=config)
+    texts = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1]:],
+                                   skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
 def answer_locally(requests, log, path, check, temperature, max_tokens, batch=8):
     """As `replies`, from a transformers model. A batch is seeded by its requests, and sampled again
     whole if a killed run left it incomplete, so that the replies come out the same."""
@@ -388,14 +411,9 @@ def answer_locally(requests, log, path, check, temperature, max_tokens, batch=8)
             if (None, 0) in map(find, names):
                 prompts, files = zip(*(requests[id] for id in ids[i:i + batch]))
                 images = [open_image(str(file)) for file in files]
-                inputs = encode_prompts(processor, form, prompts, images)
                 torch.manual_seed(int(names[0], 16) % 2**63)
-                out = model.generate(
-                    **{k: v.to(model.device) for k, v in inputs.items()}, max_new_tokens=max_tokens,
-                    do_sample=temperature > 0, temperature=temperature or 1.0, top_k=0, top_p=1.0,
-                    eos_token_id=end_token_id(processor, form))
-                out = processor.batch_decode(out[:, inputs["input_ids"].shape[1]:],
-                                             skip_special_tokens=True)
+                out = generate_batch(model, processor, form, prompts, images, max_tokens,
+                                     temperature=temperature)
                 for id, name, text in zip(ids[i:], names, out):
                     if find(name) == (None, 0):
                         append({"id": id, "request": name, "model": path, "text": text})

@@ -440,7 +440,7 @@ def print_facts(run, rows):
 def held_out(run):
     """{eval/name: mean} over the held-out records, and two greedy samples."""
     import torch
-    from evaluate import generate_batch
+    from respond import generate_batch
     sums = Counter()
     with torch.no_grad():
         for i in range(len(run.held_out)):
@@ -494,7 +494,7 @@ def train(args):
         range(n), batch_sampler=micro_batches(start, n, args, rank, world),
         collate_fn=lambda numbers: [load(run, run.records, i) for i in numbers],
         num_workers=args.workers, multiprocessing_context="fork" if args.workers else None,
-        worker_init_fn=lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN)))  # is ours to act on
+        worker_init_fn=lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN)))  # ours to act on
     bar = tqdm(total=args.steps, initial=start, unit="step", disable=rank > 0 or None)
     for step in range(start, args.steps):
         # Learning rate: linear warm-up, then half a cosine down to 0.
