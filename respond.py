@@ -31,6 +31,7 @@ import re
 import string
 import sys
 import threading
+import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, as_completed, wait
 from pathlib import Path
 
@@ -131,8 +132,8 @@ def ask_all(requests, log, *, base_url, model, concurrency=8, retries=6, timeout
     size = len(requests) if hasattr(requests, "__len__") else None
     count, row, limit = collections.Counter(), 0, max(5, concurrency)
     with (reply_log(log, check) as entries, tqdm(total=size, desc=desc) as bar,
-          openai.OpenAI(base_url=base_url, api_key=key, timeout=timeout,
-                        max_retries=retries) as client,
+          openai.OpenAI(base_url=base_url, api_key=key, timeout=timeout, max_retries=retries,
+                        http_client=bounded_http(timeout)) as client,
           ThreadPoolExecutor(concurrency) as pool):
         one = functools.partial(answer, client, entries, body, tries)
         for id, text, failure, tokens in in_flight(pool, one, requests, concurrency):
@@ -146,6 +147,31 @@ def ask_all(requests, log, *, base_url, model, concurrency=8, retries=6, timeout
         if row and row in (limit, count["done"]):
             raise Problem(f"{base_url}: {row} requests in a row failed, the last: {failure}. All "
                           f"replies so far are in {log}; the same command goes on from there")
+
+
+def bounded_http(seconds, size=2**25):
+    """An HTTP client that gives up on replies that drip on and on or never end: the usual time-out
+    is one of silence. seconds: for the whole reply; size: bytes."""
+    import httpx2
+    import openai
+
+    def bound(response):
+        inner, end = response.stream, time.monotonic() + seconds
+
+        class Bounded(httpx2.SyncByteStream):
+            def __iter__(self):
+                total = 0
+                for part in inner:
+                    total += len(part)
+                    if total > size or time.monotonic() > end:
+                        raise httpx2.ReadTimeout("the reply has no end", request=response.request)
+                    yield part
+
+            def close(self):
+                inner.close()
+
+        response.stream = Bounded()
+    return openai.DefaultHttpxClient(event_hooks={"response": [bound]})
 
 
 def in_flight(pool, function, items, limit):
