@@ -3,7 +3,7 @@
     python bench.py --quick --json     small model, two minutes on two cores; JSON on the last line
     python bench.py                    the mid-size model: the tables of the README (20 minutes)
     python bench.py --only scale       against records, responses per prefix, image tokens, batch
-    python bench.py --only cuda        7B and 13B on a GPU; without one, what is to be expected
+    python bench.py --only cuda --size 7b      (or 13b) on a GPU; without one, what to expect
 
 What is compared, at LLaVA-1.5's counts (576 image, 60 prompt, 100 response tokens a sequence):
 - ladder: the SymMPO step against its published layout (five padded sequences, logits at every
@@ -26,7 +26,6 @@ import importlib.util
 import json
 import math
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -213,8 +212,9 @@ def clean(rounds):
     rounds = rounds[1:] if len(rounds) > 2 else rounds  # the first one warms up
     kept = [r for r in rounds if all(cpu >= 0.9 * wall for wall, cpu in r.values())]
     wall = 2 * len(kept) >= len(rounds)
-    note = f"{len(kept)} of {len(rounds)} rounds undisturbed; {'wall' if wall else 'processor'} time"
-    return [{k: t[not wall] for k, t in r.items()} for r in (kept if wall else rounds)], note
+    note = f"{len(kept)} of {len(rounds)} rounds undisturbed: "
+    return ([{k: t[not wall] for k, t in r.items()} for r in (kept if wall else rounds)],
+            note + ("wall time" if wall else "processor time"))
 
 
 def spread(values):
@@ -234,6 +234,8 @@ def proof(history):
     def apart(a, b):
         return (a - b).nan_to_num().abs().max().item()
 
+    if len(history) < 3:
+        raise Problem("too few steps to compare the sides: --rounds must be 2 or more")
     logp = max(apart(a, step[0][k]) for step in history for side in step
                for k, a in enumerate(side[:2]))
     loss = max(abs(side[2] - step[0][2]) for step in history for side in step)
@@ -696,31 +698,25 @@ def expectation(s):
         "predicted ratio": round(flop[0] / flop[-1], 2)}
 
 
-def cuda(sizes, rounds, device=None, variants=VARIANTS):
-    """The table of VARIANTS for each size on a GPU; where there is none, the expectation."""
+def cuda(size, rounds, device=None, variants=VARIANTS):
+    """The table of VARIANTS on a GPU; where there is none, the expectation."""
     import torch
-    found = {}
     device = device or ("cuda" if torch.cuda.is_available() else None)
-    for size in sizes:
-        s = SIZES[size]
-        if device is None:
-            found[size] = expectation(s)
-            continue
-        rate = matmul_rate(*(3 * [8192 if device != "cpu" else 512]), device, torch.bfloat16)
-        rows = []
-        for name, options in variants.items():
-            gc.collect()
-            try:
-                row = variant(s, device, rounds, **options)
-                row["utilisation"] = round(row["TFLOP"] * 1e12 / row["seconds"][0] / rate, 4)
-            except (torch.OutOfMemoryError, NotImplementedError) as e:
-                row = dict.fromkeys(("seconds", "records/s", "tokens/s", "GiB", "TFLOP",
-                                     "utilisation"), type(e).__name__)
-            rows.append({"variant": name, **row})
-            progress(f"{size} {rows[-1]}")
-        found[size] = {"rows": rows, "bf16 TFLOP/s of a matrix product": round(rate / 1e12, 1),
-                       "device": torch.cuda.get_device_name() if device != "cpu" else "cpu"}
-    return found
+    if device is None:
+        return {"note": "no CUDA GPU here: computed, not measured", **expectation(SIZES[size])}
+    rate = matmul_rate(*(3 * [8192 if device != "cpu" else 512]), device, torch.bfloat16)
+    rows = []
+    for name, options in variants.items():
+        gc.collect()
+        try:
+            row = variant(SIZES[size], device, rounds, **options)
+            row["utilisation"] = round(row["TFLOP"] * 1e12 / row["seconds"][0] / rate, 4)
+        except (torch.OutOfMemoryError, NotImplementedError) as e:
+            row = dict.fromkeys(rows[0].keys() - {"variant"} if rows else (), type(e).__name__)
+        rows.append({"variant": name, **row})
+        progress(str(rows[-1]))
+    return {"rows": rows, "bf16 TFLOP/s of a matrix product": round(rate / 1e12, 1),
+            "device": torch.cuda.get_device_name() if device != "cpu" else "cpu"}
 
 
 # --- command line --------------------------------------------------------------------------------
@@ -751,19 +747,17 @@ def summary(found):
 
 
 def markdown(found):
-    """The results as Markdown: rows as a table ([median, quartiles] as "1.0 (0.9-1.1)"), the rest
-    a line each."""
+    """The results as Markdown: rows as a table, [median, quartiles] as "1.0 (0.9-1.1)", and a line
+    for each of the rest."""
     lines = []
     for name, part in found.items():
         lines.append(f"\n## {name}\n")
-        for size, part in part.items() if name == "cuda" else [("", part)]:
-            lines += [f"### {size}\n"] * bool(size)
-            lines += [f"- {key}: {json.dumps(value)}" for key, value in part.items()
-                      if key != "rows"] + [""]
-            for row in [part["rows"][0].keys(), ["---"] * len(part["rows"][0]), *(
-                    row.values() for row in part["rows"])] if "rows" in part else []:
-                lines.append("| " + " | ".join("{} ({}-{})".format(*v) if isinstance(v, list)
-                                               else str(v) for v in row) + " |")
+        for number, row in enumerate(part.get("rows", [])):
+            if number == 0:
+                lines += ["| " + " | ".join(row) + " |", "|---" * len(row) + "|"]
+            lines.append("| " + " | ".join("{} ({}-{})".format(*v) if isinstance(v, list)
+                                           else str(v) for v in row.values()) + " |")
+        lines += [""] + [f"- {k}: {json.dumps(v)}" for k, v in part.items() if k != "rows"]
     return "\n".join(lines) + "\n"
 
 
@@ -822,27 +816,28 @@ def main(argv=None):
     torch.set_num_threads(1)
     if args.inside:
         return print("\n" + json.dumps(INSIDE[args.inside[0]](*json.loads(args.inside[1]))))
-    size, rounds = args.size or ("quick" if args.quick else "mid"), args.rounds or 9 - 6 * args.quick
     parts = args.only.split(",") if args.only else ["ladder", "trl", "memory", "floor"]
-    found = {}
+    if not set(parts) <= set(PARTS):
+        parser.error(f"--only {args.only}: the parts are {', '.join(PARTS)}")
+    size = args.size or ("quick" if args.quick else "7b" if parts == ["cuda"] else "mid")
+    found = {"machine": machine()}
     for name in parts:
         progress(f"{name} ...")
         try:
-            found[name] = PARTS[name](("7b", "13b") if name == "cuda" else size, rounds)
+            found[name] = PARTS[name](size, args.rounds or (3 if args.quick else 9))
         except Problem as e:
             progress(f"error: {e}")
-    text = markdown({"machine": machine(), **found})
-    print(text)
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        stem = args.out / f"{'-'.join(parts)}-{size}"
-        Path(f"{stem}.json").write_text(json.dumps({"machine": machine(), **found}, indent=1))
-        Path(f"{stem}.md").write_text(text)
-        if "scale" in found:
-            figure(found["scale"], f"{stem}.png")
+        if args.out:  # after each part: what is measured is kept
+            args.out.mkdir(parents=True, exist_ok=True)
+            stem = args.out / f"{'-'.join(parts)}-{size}"
+            Path(f"{stem}.json").write_text(json.dumps(found, indent=1))
+            Path(f"{stem}.md").write_text(markdown(found))
+    if args.out and "scale" in found:
+        figure(found["scale"], f"{stem}.png")
+    print(markdown(found))
     if args.json:
         print(json.dumps(summary(found)))
-    sys.exit(0 if len(found) == len(parts) else 2)
+    sys.exit(0 if len(found) == 1 + len(parts) else 2)
 
 
 if __name__ == "__main__":

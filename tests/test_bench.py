@@ -1,5 +1,4 @@
 """The benchmark at tiny size: its sides compute the same, its FLOPs are those that are executed."""
-import copy
 import json
 import sys
 
@@ -34,20 +33,14 @@ def test_ladder_sides_agree_over_steps_and_see_the_image():
 
 
 def test_proof_refuses_sides_that_differ():
-    torch.manual_seed(0)
-    step = [(torch.randn(1, 2, 3), torch.randn(1, 2, 3), 0.7)] * 2
-    history = [copy.deepcopy(step) for _ in range(3)]
-    for number, sides in enumerate(history):
-        for _, reference, _ in sides:
-            reference += number
-        history[number] = [(p, r, 0.7 - number / 10) for p, r, _ in sides]
-    bench.proof(history)
-    history[1][1] = (history[1][1][0] + 0.1, *history[1][1][1:])
-    with pytest.raises(Problem, match="same numbers"):
-        bench.proof(history)
-    blind = [[(p, history[0][0][1], loss) for p, _, loss in sides[:1]] for sides in history]
-    with pytest.raises(Problem, match="same numbers"):  # the swapped image changes nothing
-        bench.proof(blind)
+    policy, reference = torch.randn(2, 1, 2, 3)
+    history = [[(policy, reference + n, 0.7 - n / 10)] * 2 for n in range(3)]
+    assert bench.proof(history)["image_swap_moves"] == pytest.approx(2)
+    other = [history[0], [history[1][0], (policy + 0.1, reference + 1, 0.6)], history[2]]
+    blind = [[(policy, reference, loss)] * 2 for loss in (0.7, 0.6, 0.5)]
+    for wrong in (other, blind, history[:2]):  # blind: swapping the image changes nothing
+        with pytest.raises(Problem):
+            bench.proof(wrong)
 
 
 def test_trl_takes_the_same_steps():
@@ -92,20 +85,21 @@ def test_cuda_part_runs_on_a_cpu_and_has_an_expectation_without_gpu():
     variants = {k: v for k, v in bench.VARIANTS.items()
                 if not v or {"plain", "adapters", "attention"} & v.keys()}
     variants["both"] = {"records": 2, "checkpointing": True}
-    rows = bench.cuda(["tiny"], 1, "cpu", variants)["tiny"]["rows"]
+    rows = bench.cuda("tiny", 1, "cpu", variants)["rows"]
     assert len(rows) == len(variants)
     for row in rows:  # flex attention has no backward pass on CPUs
         assert ("flex" in row["variant"]) == isinstance(row["seconds"], str)
-    gib = bench.expectation(TINY)["GiB at micro-batch 1"]
-    assert len(gib) == 3 and bench.saved_bytes(TINY, 2) > bench.saved_bytes(TINY, 1) > 1e6
+    if not torch.cuda.is_available():
+        assert "not measured" in bench.cuda("tiny", 1)["note"]
+    assert bench.saved_bytes(TINY, 2) > bench.saved_bytes(TINY, 1) > 1e6
 
 
 def test_flex_mask_is_the_branch_mask():
     row_of = torch.tensor([0] * 9 + [1] * 7)
     branch = torch.tensor([0, 0, 0, 1, 1, 2, 2, 3, 3, 0, 0, 1, 1, 1, 2, 2])
-    may_see = bench.flex_mask(row_of, branch).mask_mod
-    at = torch.arange(16)
-    assert torch.equal(may_see(0, 0, at[:, None], at[None]), symmpo.branch_mask(row_of, branch)[0, 0])
+    may_see, at = bench.flex_mask(row_of, branch).mask_mod, torch.arange(16)
+    mask = symmpo.branch_mask(row_of, branch)[0, 0]
+    assert torch.equal(may_see(0, 0, at[:, None], at[None]), mask)
 
 
 def test_memory_of_a_step_is_seen():
