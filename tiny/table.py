@@ -8,6 +8,7 @@ scenes (the mean of coverage and 100 - CHAIR, greedy). The best rate then trains
 seeds, and only those runs see the test scenes. Everything goes through train.py and evaluate.py.
 """
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -52,18 +53,17 @@ def job(task):
     kept = Path(out) / f"{name}.json"
     if kept.exists():
         return json.loads(kept.read_text())
-    import torch
-
+    os.environ["TQDM_DISABLE"] = "1"  # one bar for all runs is enough
     import train
     from evaluate import measure
-    torch.set_num_threads(1)
     folder = Path(out) / name
     base = ["--steps", "1", "--lr", "1e-12"] if ROWS[row] is None else ["--lr", str(rate), *ROWS[row]]
     args = train.parse_args([*base, "--seed", str(seed), "--out", str(folder),
                              "--cache", str(Path(out) / "reference"), "--sample-every", "10000"])
     if (folder / "metrics.jsonl").exists():
         args.resume = True
-    run, *_ = train.train(args)
+    with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
+        run, _ = train.train(args)
     run.policy.eval()
     ask = (run.policy, run.processor, run.fmt)
     if split == "tune":
@@ -129,6 +129,7 @@ def draw(table, path):
 
 
 def main(argv=None):
+    from tqdm import tqdm
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/table", help="folder (default %(default)s)")
@@ -138,11 +139,13 @@ def main(argv=None):
     trained = [row for row, options in ROWS.items() if options is not None]
     with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
         tasks = [(row, rate, TUNING_SEED, "tune", args.out) for row in trained for rate in RATES]
-        scores = dict(zip(tasks, map(goodness, pool.imap(job, tasks))))
+        tuned = tqdm(pool.imap(job, tasks), "tuning", len(tasks), unit=" runs")
+        scores = dict(zip(tasks, map(goodness, tuned)))
         rates = {row: max((t for t in tasks if t[0] == row), key=scores.get)[1] for row in trained}
         tasks = [(row, rates.get(row, 0.0), seed, "test", args.out) for row in ROWS
                  for seed in (SEEDS if row in rates else SEEDS[:1])]
-        results = dict(zip(tasks, pool.imap(job, tasks)))
+        results = dict(zip(tasks, tqdm(pool.imap(job, tasks), "testing", len(tasks),
+                                       unit=" runs")))
     table = {row: {column: cell([r for t, r in results.items() if t[0] == row], column)
                    for column in COLUMNS} for row in ROWS}
     text = markdown(table, rates)
