@@ -457,27 +457,32 @@ def picture(image, folder, subfolder):
                       "where the images come from") from e
 
 
-def respond(model, processor, fmt, items, batch_size=16, seed=0, **decoding):
-    """Yields the model's text for each item of `questions`, in order; keeps none of them."""
+def respond(model, processor, fmt, items, batch_size=16, seed=0, first=0, **decoding):
+    """Yields the model's text for each item of `questions` from number `first` on, in order; keeps
+    none of them. Batches and seeds do not depend on `first`, so texts do not either."""
     import torch
     from respond import generate_batch
     from tqdm import tqdm
     with tqdm(total=len(items), unit=" items", desc="answering") as bar:
         for seen, group in itertools.groupby(items, key=lambda item: item[1] is not None):
             while batch := list(itertools.islice(group, batch_size)):
-                prompts, images, _ = zip(*batch)
-                torch.manual_seed(seed + bar.n)
-                yield from generate_batch(model, processor, fmt, prompts, [
-                    data.open_image(image) for image in images] if seen else None, **decoding)
+                if bar.n + len(batch) > first:
+                    prompts, images, _ = zip(*batch)
+                    torch.manual_seed(seed + bar.n)
+                    texts = generate_batch(model, processor, fmt, prompts, [
+                        data.open_image(image) for image in images] if seen else None, **decoding)
+                    yield from texts[max(0, first - bar.n):]
                 bar.update(len(batch))
 
 
-def measure(model, processor, fmt, folder, benchmark="amber", protocol="symmpo", **decoding):
+def measure(model, processor, fmt, folder, benchmark="amber", protocol="symmpo", dimension="a",
+            **decoding):
     """Generate and score in memory, without a file: what `score` returns."""
-    field, items = BENCHMARKS[benchmark]["answer"], questions(benchmark, folder, protocol)
+    field = BENCHMARKS[benchmark]["answer"]
+    items = questions(benchmark, folder, protocol, dimension)
     texts = respond(model, processor, fmt, items, **decoding)
     answers = [{**record, field: text} for text, (*_, record) in zip(texts, items)]
-    return score(benchmark, answers, folder, protocol=protocol)
+    return score(benchmark, answers, folder, protocol=protocol, dimension=dimension)
 
 
 def ask_server(items, first, log, args):
@@ -527,12 +532,11 @@ def models(args):
         if not Path(adapter, "adapter_config.json").is_file():
             raise Problem(f"{adapter}: no PEFT adapter in there (adapter_config.json is missing)")
     import torch
-    from peft import PeftModel
     model, processor = data.load_model(args.model, "cuda" if torch.cuda.is_available() else "cpu")
     if len(args.adapter) != 1:
         yield None, model, processor
     for adapter in args.adapter:
-        tuned = PeftModel.from_pretrained(model, adapter).eval()
+        tuned = data.load_adapter(model, adapter)
         yield adapter, tuned, processor
         model = tuned.unload()
 
@@ -547,6 +551,8 @@ def generate(args):
         name = "-".join(Path(adapter or args.model).resolve().parts[-2:])
         path = Path(args.out, name if len(args.adapter) > 1 else "", "answers.jsonl")
         fmt = "server" if args.server else data.prompt_format(model, args.prompt_format)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = data.lock(path.parent)
         done = answered(path, {
             "name": name, "model": args.model, "model_hash": model_hash, "adapter": adapter,
             "adapter_hash": adapter and fingerprint(adapter), "server": args.server,
@@ -556,11 +562,13 @@ def generate(args):
         if args.server:
             texts = ask_server(todo, done, path.with_name(f"replies-{asked[:8]}.jsonl"), args)
         else:
-            texts = respond(model, processor, fmt, todo, args.batch_size, args.seed, **decoding)
+            texts = respond(model, processor, fmt, items[:args.limit], args.batch_size, args.seed,
+                            done, **decoding)
         with open(path, "a", encoding="utf-8") as f:
             for text, (*_, record) in zip(texts, todo):
                 f.write(json.dumps({**record, field: text}) + "\n")
                 f.flush()
+        lock.close()
         yield path.parent
 
 
