@@ -18,6 +18,7 @@ tokens that occur inside user text are broken up ("</s>" -> "< /s>"), a record t
 refused instead of cut, and mDPO's crop is drawn once per record.
 """
 import argparse
+import fcntl
 import hashlib
 import io
 import json
@@ -37,6 +38,16 @@ CROP, CROP_LARGE = (0.01, 0.2), (0.2, 0.5)  # share of the area that a crop keep
 
 class Problem(Exception):
     """A message for the person who typed the command: what is wrong, where, what to do."""
+
+
+def lock(folder):
+    """The folder's open .lock, ours until it is closed; Problem while another process has it."""
+    file = open(Path(folder, ".lock"), "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        raise Problem(f"{folder}: another process is writing into this folder") from e
+    return file
 
 
 # --- records ---------------------------------------------------------------------------------
