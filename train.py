@@ -340,7 +340,10 @@ def save_checkpoint(run, step, optimizer):
             rng += torch.cuda.get_rng_state_all() * torch.cuda.is_available()
             torch.save({"optimizer": optimizer.state_dict(), "rng": rng}, temporary / "state.pt")
             (temporary / "run.json").write_text(json.dumps(run.identity, indent=1))
-            os.sync()
+            for path in [*temporary.iterdir(), temporary]:
+                handle = os.open(path, os.O_RDONLY)
+                os.fsync(handle)
+                os.close(handle)
             temporary.rename(final)
     except Exception as e:  # a full disk is an OSError, a RuntimeError or a SafetensorError
         shutil.rmtree(temporary, ignore_errors=True)
