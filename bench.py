@@ -634,7 +634,8 @@ def variant(s, device, rounds, records=1, plain=False, checkpointing=False, adap
     optimizer, weight = torch.optim.AdamW(weights, lr=1e-6), symmpo.OBJECTIVES["symmpo"][1]
     rows, gpu = random_rows(s, records, device=device), device.startswith("cuda")
     run = SimpleNamespace(policy=policy, args=SimpleNamespace(
-        device=device, dtype="bfloat16", no_share_prefix=plain))
+        device=device, dtype="bfloat16", no_share_prefix=plain,
+        grad_checkpointing=checkpointing))
 
     def work():
         table = train.policy_table(run, [dict(row) for row in rows], records)
