@@ -42,6 +42,7 @@ from data import Problem
 SIZES = {  # width, layers, inner width of the decoder; vocabulary; LoRA rank; vision tower; pixels
     "tiny": dict(h=64, layers=2, inner=128, vocab=512, rank=4, v=32, v_layers=2, px=56),
     "quick": dict(h=256, layers=4, inner=704, vocab=8192, rank=8, v=64, v_layers=4, px=336),
+    "small": dict(h=384, layers=4, inner=1024, vocab=12000, rank=16, v=96, v_layers=4, px=336),
     "mid": dict(h=1024, layers=8, inner=2752, vocab=32064, rank=32, v=256, v_layers=6, px=336),
     "wide": dict(h=4096, layers=2, inner=11008, vocab=2048, rank=128, v=256, v_layers=6, px=336),
     "7b": dict(h=4096, layers=32, inner=11008, vocab=32064, rank=128, v=1024, v_layers=24, px=336),
