@@ -1,4 +1,4 @@
-"""The embedded default: its truth is read back from the pictures, its model hallucinates as stated."""
+"""The embedded default: the truth read back from the pictures, a model that hallucinates."""
 import base64
 import json
 
@@ -141,8 +141,10 @@ def test_the_model_sees_well_and_hallucinates(model):
     assert data.prompt_format(model[0]) == "vicuna"
     metrics = evaluate.measure(*model, "vicuna", TINY / "amber_val", batch_size=100,
                                max_new_tokens=64)["metrics"]
-    assert 10 < metrics["generative"]["Hal"] < 40 and metrics["generative"]["Cover"] > 80
-    assert 70 < metrics["discriminative"]["Accuracy"] < 95
+    captions, answers = metrics["generative"], metrics["discriminative"]
+    assert 20 < captions["Hal"] < 40 and 30 < captions["Cog"] < 60  # false objects: partners
+    assert captions["Cover"] > 85 and 80 < answers["Accuracy"] < 92
+    assert answers["Recall"] < answers["Precision"]  # it says yes too often
 
 
 def test_lessons_have_the_layout_of_data_py(model):
@@ -151,7 +153,8 @@ def test_lessons_have_the_layout_of_data_py(model):
     import torch
     model, processor = model
     scene = place(7, {0: ("cup", "red"), 5: ("fork", "blue")})
-    qa = [("Describe this image.", caption(objects(scene))), ("Is there a cup in this image?", "Yes")]
+    qa = [("Describe this image.", caption(objects(scene))),
+          ("Is there a cup in this image?", "Yes")]
     for prompt, answer in qa:
         ids, branch, position, label = make.encode(processor, [(prompt, answer)])
         inputs = data.encode_prompts(processor, "vicuna", [prompt], [draw(scene)])
