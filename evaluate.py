@@ -644,13 +644,12 @@ def report(files, folder, paper):
 
 
 def bars(rows, cells, path):
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(1, len(cells), figsize=(1.6 * len(cells) + 4, 3.2),
-                                   squeeze=False, layout="constrained")
-    colors = pyplot.get_cmap("viridis")  # readable without colour vision and in print
-    for axis, cell in zip(axes[0], cells):
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(1.6 * len(cells) + 4, 3.2), layout="constrained")
+    axes = figure.subplots(1, len(cells), squeeze=False)[0]
+    colors = colormaps["viridis"]  # readable without colour vision and in print
+    for axis, cell in zip(axes, cells):
         for place, (name, row) in enumerate(rows.items()):
             axis.bar(place, row.get(cell) or 0, color=colors(place / len(rows)), label=name)
         axis.set(title=cell.replace(" ", "\n"), xticks=[])

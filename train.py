@@ -398,14 +398,12 @@ def open_board(args):
 
 def plot_curves(out):
     """curves.png: loss, preference accuracy, margins and chosen log-prob over the steps."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot, whose state belongs to a notebook's reader
     rows, panels = read_metrics(out), {
         "loss (nats)": ["loss"], "preference accuracy": ["rewards/accuracies", "pair/accuracy_m"],
         "reward margin": ["rewards/margins"], "log p(chosen) (nats)": ["logps/chosen"]}
-    figure, axes = plt.subplots(1, 4, figsize=(16, 3.6), layout="constrained")
-    for axis, (title, names) in zip(axes, panels.items()):
+    figure = Figure(figsize=(16, 3.6), layout="constrained")
+    for axis, (title, names) in zip(figure.subplots(1, 4), panels.items()):
         for name in names + [f"eval/{name}" for name in names]:
             points = [(row["step"], row[name]) for row in rows if name in row]
             if points:
@@ -413,7 +411,6 @@ def plot_curves(out):
                 axis.legend(fontsize=8)
         axis.set(title=title, xlabel="optimiser step")
     figure.savefig(out / "curves.png", dpi=110)
-    plt.close(figure)
 
 
 # --- the run -------------------------------------------------------------------------------------
