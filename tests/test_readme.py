@@ -89,6 +89,10 @@ def test_commands_and_defaults_are_the_real_ones():
         assert text in README
 
 
+def test_results_are_the_measured_ones():
+    assert (ROOT / "docs" / "tiny_table.md").read_text() in README
+
+
 def test_pins_are_exact_and_links_lead_somewhere():
     for line in (ROOT / "requirements.txt").read_text().split():
         assert re.fullmatch(r"[a-z0-9-]+==[\d.]+", line)
