@@ -162,7 +162,8 @@ RUNGS = [  # name, way to make the table (None: train.py's), cached; each keeps 
 def new_side(run, table=None, cached=False):
     """A copy of the policy with its own optimiser. cached: the reference is on disk already."""
     import torch
-    run = SimpleNamespace(**{**vars(run), "policy": copy.deepcopy(run.policy)})
+    frozen = {id(p): p for p in run.policy.parameters() if not p.requires_grad}  # not copied
+    run = SimpleNamespace(**{**vars(run), "policy": copy.deepcopy(run.policy, frozen)})
     if cached:
         for number, rows in enumerate(run.rows):
             train.reference_table(run, [dict(row) for row in rows], [b"%d" % number])
