@@ -49,6 +49,7 @@ def world(folder):
     (amber / "query" / "query_all.json").write_text(json.dumps(
         [{"id": i, "image": names[i % len(names)], "query": f"Is there a {'big ' * (i % 5)}dog?"}
          for i in range(1, 25)]))
+    (amber / "annotations.json").write_text(json.dumps([{"type": "generative"}] * 24))
     return argparse.Namespace(folder=folder, llava=llava, prefs=prefs, few=few, amber=amber)
 
 
@@ -61,7 +62,7 @@ def train_job(w, name):
 def generate_job(w, name):
     out = w.folder / name
     return "evaluate", ["generate", "--benchmark", "amber", "--data", w.amber, "--model", w.llava,
-                        "--out", out, "--batch-size", 4, "--max-new-tokens", 24], answers, out
+                        "--out", out, "--batch-size", 4, "--max-new-tokens", 24, "--dimension", "g"], answers, out
 
 
 def judge_job(w, name):
@@ -137,7 +138,7 @@ def at_random_moment(module, argv, log, folder, whole):
 
 
 def at_file_operation(module, argv, log, folder, whole):
-    n = random.randint(1, max(2, whole[1] // 2))
+    n = random.randint(1, max(whole[1] // 2, 8))  # 8: past the end of a short command, sometimes
     return harness.run(module, argv, log, watch=[folder], kill_at=n) == -signal.SIGKILL
 
 
@@ -305,6 +306,7 @@ def server(reply):
                                     "choices": [{"index": 0, "finish_reason": "stop",
                                                  "message": message}]})
     it = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    it.handle_error = lambda *_: None  # clients that were killed
     it.daemon_threads = True
     threading.Thread(target=it.serve_forever, args=(0.05,), daemon=True).start()
     return f"http://127.0.0.1:{it.server_port}/v1", it.shutdown
