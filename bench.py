@@ -759,7 +759,8 @@ def markdown(found):
             if number == 0:
                 lines += ["| " + " | ".join(row) + " |", "|---" * len(row) + "|"]
             lines.append("| " + " | ".join("{} ({}-{})".format(*v) if isinstance(v, list)
-                                           else str(v) for v in row.values()) + " |")
+                                           else str(v) for v in (row.get(k, "")
+                                                                 for k in part["rows"][0])) + " |")
         lines += [""] + [f"- {k}: {json.dumps(v)}" for k, v in part.items() if k != "rows"]
     return "\n".join(lines) + "\n"
 
@@ -787,6 +788,9 @@ def figure(found, path):
         axis.plot(x, [y[-1] * v / x[-1] for v in x], ":", color="grey", label="linear")
         axis.set(xscale="log", yscale="log")
         axis.legend(fontsize=8)
+    for axis, steps in zip(axes[1:], found["steps"].values()):
+        axis.minorticks_off()
+        axis.set_xticks(steps["values"], steps["values"], fontsize=8, rotation=45)
     drawing.savefig(path, dpi=110)
     plt.close(drawing)
 
