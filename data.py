@@ -717,7 +717,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         sys.exit(1 if args.run(args) else 0)
-    except Problem as e:
+    except (Problem, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
 

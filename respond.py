@@ -639,7 +639,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         args.run(args)
-    except Problem as e:
+    except (Problem, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
 
