@@ -138,7 +138,7 @@ def at_random_moment(module, argv, log, folder, whole):
 
 
 def at_file_operation(module, argv, log, folder, whole):
-    n = random.randint(1, max(whole[1] // 2, 8))  # 8: past the end of a short command, sometimes
+    n = random.randint(1, max(whole[1] // 2, min(whole[1] + 1, 20)))  # sometimes past the end
     return harness.run(module, argv, log, watch=[folder], kill_at=n) == -signal.SIGKILL
 
 
