@@ -20,6 +20,7 @@ refused instead of cut, and mDPO's crop is drawn once per record.
 import argparse
 import fcntl
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -27,6 +28,23 @@ import random
 import re
 import sys
 from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from tqdm import tqdm
+
+
+class Later:
+    """A module imported when it is first used: --help and data checks do not wait for torch."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __getattr__(self, attribute):
+        return getattr(importlib.import_module(self.name), attribute)
+
+
+symmpo, torch, transformers, peft = map(Later, ("symmpo", "torch", "transformers", "peft"))
 
 TINY = Path(__file__).resolve().parent / "tiny"  # the embedded default: model, records, images
 VICUNA = ("A chat between a curious user and an artificial intelligence assistant. The assistant "
@@ -38,6 +56,15 @@ CROP, CROP_LARGE = (0.01, 0.2), (0.2, 0.5)  # share of the area that a crop keep
 
 class Problem(Exception):
     """A message for the person who typed the command: what is wrong, where, what to do."""
+
+
+def command(run):
+    """run(), where what its user can mend ends in one line on stderr and exit code 2."""
+    try:
+        return run()
+    except (Problem, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
 
 
 def lock(folder):
@@ -98,7 +125,6 @@ class Records:
 
 def _open_parquet(path):
     """(the open file, number of the first row of each row group and of the end)."""
-    import numpy as np
     try:
         from pyarrow.parquet import ParquetFile
         file = ParquetFile(path, memory_map=True)
@@ -110,7 +136,6 @@ def _open_parquet(path):
 
 def _line_offsets(path):
     """[(byte offset, line number)] of the lines that are not blank, as a numpy array."""
-    import numpy as np
     found, offset = bytearray(), 0
     with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
@@ -206,7 +231,6 @@ def open_image(source, root=None, allow_outside=True):
     Raises Problem naming the file: missing, no image, truncated, or a decompression bomb by PIL's
     limit (179 million pixels).
     """
-    from PIL import Image, ImageOps
     name = "image bytes"
     if isinstance(source, dict):
         source = source.get("bytes") or source.get("path")
@@ -256,10 +280,9 @@ def crop(image, rng, keep=CROP):
 
 def load_processor(path):
     """(config, processor) of a checkpoint folder or hub name; raises Problem when there is none."""
-    from transformers import AutoConfig, AutoProcessor
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+        processor = transformers.AutoProcessor.from_pretrained(path, trust_remote_code=False)
     except Exception as e:  # every reader of a damaged file has its own kind of error
         raise Problem(f"{path}: no vision-language model could be read there: "
                       f"{first_line(e)}") from e
@@ -281,12 +304,10 @@ def first_line(error):
 def load_model(path, device="cpu", dtype=None, adapter=None):
     """(model, processor), in eval mode with sdpa attention; dtype by default bf16 on CUDA, else
     fp32; adapter: a PEFT folder. Raises Problem when either cannot be read or they do not fit."""
-    import torch
-    from transformers import AutoModelForImageTextToText
     _, processor = load_processor(path)
     dtype = dtype or (torch.bfloat16 if str(device).startswith("cuda") else torch.float32)
     try:
-        model = AutoModelForImageTextToText.from_pretrained(
+        model = transformers.AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False)
         model.to(device).eval()
     except Exception as e:
@@ -297,13 +318,12 @@ def load_model(path, device="cpu", dtype=None, adapter=None):
 def load_adapter(model, folder):
     """The model with a PEFT adapter, in eval mode. Raises Problem for a folder that has none, or
     one for another base: train.py keeps the fingerprint of the base that it trained on."""
-    from peft import PeftModel
     made = Path(folder, "run.json")
     made = json.loads(made.read_text()) if made.is_file() else {}
     if made.get("dtype") == str(model.dtype)[6:] and made["base"] != fingerprint(model):
         raise Problem(f"{folder}: an adapter for another base model, {made['model']}")
     try:
-        return PeftModel.from_pretrained(model, folder).eval()
+        return peft.PeftModel.from_pretrained(model, folder).eval()
     except Exception as e:
         raise Problem(f"{folder}: the adapter cannot be loaded: {first_line(e)}") from e
 
@@ -425,7 +445,6 @@ def build_rows(record, processor, fmt, cells, number=0, seed=0, max_length=2048,
     contrast image. Raises Problem naming the record: a missing field, a bad image, or a sequence
     longer than max_length tokens (nothing is ever cut).
     """
-    import torch
     source, missing = record["source"], lacks(record, cells)
     if missing:
         raise Problem(f"{source}: the objective needs the field {', '.join(missing)}")
@@ -458,8 +477,6 @@ def row_length(row):
 
 def noise(image, rng, step):
     """Forward diffusion, sqrt(a) x + sqrt(1 - a) e: `step` steps of DDPM's 1000-step schedule."""
-    import numpy as np
-    from PIL import Image
     a = np.prod(1 - np.linspace(1e-4, 0.02, 1000)[:step])
     x = np.asarray(image) / 127.5 - 1
     e = np.random.default_rng(rng.getrandbits(64)).standard_normal(x.shape)
@@ -470,7 +487,6 @@ def noise(image, rng, step):
 def moco(image, rng):
     """MoCo-v2's augmentation with its strengths and probabilities: resized crop, colour jitter (in
     a fixed order), greyscale, blur (meant for 224 px, scaled to the image), flip."""
-    from PIL import Image, ImageEnhance, ImageFilter, ImageOps
     image = crop(image, rng, (0.2, 1.0)).resize(image.size, Image.Resampling.BICUBIC)
     if rng.random() < 0.8:
         for enhance in ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color:
@@ -493,14 +509,10 @@ def embed(files, encoder, cache, batch=64):
     averaged over the image tokens. Each batch is kept in the folder `cache` under a hash of the
     encoder's weights and the pixels: what is there is not computed again, killed run or new one.
     """
-    import numpy as np
-    import torch
-    from tqdm import tqdm
-    from transformers import AutoImageProcessor, AutoModel
     try:
         safe = {"trust_remote_code": False}
-        model = AutoModel.from_pretrained(encoder, dtype=torch.float32, **safe).eval()
-        processor = AutoImageProcessor.from_pretrained(encoder, **safe)
+        model = transformers.AutoModel.from_pretrained(encoder, dtype=torch.float32, **safe).eval()
+        processor = transformers.AutoImageProcessor.from_pretrained(encoder, **safe)
         features = model.get_image_features
     except Exception as e:
         raise Problem(f"{encoder}: not an image encoder (CLIP, SigLIP, LLaVA): "
@@ -534,8 +546,6 @@ def neighbours(vectors, labels, max_sim=1.0, block=1024):
     pixels, the same group) are no neighbours, nor are rows with a cosine above max_sim. Memory
     beside the vectors: tiles of block x 8 block cosines, whatever N.
     """
-    import torch
-    from tqdm import tqdm
     best, index = torch.full((len(vectors),), -torch.inf), torch.zeros(len(vectors), dtype=int)
     for i in tqdm(range(0, len(vectors), block), desc="neighbours", unit=" blocks"):
         for j in range(0, len(vectors), 8 * block):
@@ -555,8 +565,6 @@ def choose(args, root, groups, cache):
 
     groups: {image: its group}. An image for which no other will do is not in the result.
     """
-    import numpy as np
-    import torch
     images = list(groups)
     if args.kind == "synthetic":
         folder, pairs = image_records(args.mapping)
@@ -598,8 +606,6 @@ def image_records(path):
 
 def contrast(args):
     """`python data.py contrast`: write the records again, each with a contrast image."""
-    from PIL import Image
-    from tqdm import tqdm
     made = {"crop": crop, "crop-large": lambda image, rng: crop(image, rng, CROP_LARGE),
             "black": lambda image, rng: Image.new("RGB", image.size),
             "noise": lambda image, rng: noise(image, rng, args.step), "moco": moco}
@@ -637,9 +643,8 @@ def contrast(args):
 
 def check(args):
     """`python data.py check`: every bad line with its reason; returns how many there are."""
-    from symmpo import OBJECTIVES  # imports torch: a second or so
-    from tqdm import tqdm
-    records, bad, shown, counts = Records(args.data), 0, None, dict.fromkeys(OBJECTIVES, 0)
+    cells = {name: objective[0] for name, objective in symmpo.OBJECTIVES.items()}
+    records, bad, shown, counts = Records(args.data), 0, None, dict.fromkeys(cells, 0)
     facts = {"width, pixels": [], "height, pixels": [], "length, tokens": []}
     if args.model:
         config, processor = load_processor(args.model)
@@ -649,10 +654,10 @@ def check(args):
             record = records[i]
             sizes = [record_image(record, field, args.allow_outside).size
                      for field in IMAGES if field in record]
-            usable = [name for name in OBJECTIVES if not lacks(record, OBJECTIVES[name][0])]
+            usable = [name for name in cells if not lacks(record, cells[name])]
             if args.model:
-                cells = OBJECTIVES[max(usable, key=lambda name: len(OBJECTIVES[name][0]))][0]
-                shown = build_rows(record, processor, fmt, cells, max_length=args.max_length)
+                most = max((cells[name] for name in usable), key=len)
+                shown = build_rows(record, processor, fmt, most, max_length=args.max_length)
                 facts["length, tokens"] += [row_length(row) for row in shown]
             facts["width, pixels"] += [w for w, _ in sizes]
             facts["height, pixels"] += [h for _, h in sizes]
@@ -715,11 +720,7 @@ def main(argv=None):
                    help="synthetic: file of {image, contrast_image} (default %(default)s)")
     p.set_defaults(run=contrast)
     args = parser.parse_args(argv)
-    try:
-        sys.exit(1 if args.run(args) else 0)
-    except (Problem, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(1 if command(lambda: args.run(args)) else 0)
 
 
 if __name__ == "__main__":

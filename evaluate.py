@@ -29,7 +29,10 @@ from pathlib import Path
 from string import Template
 
 import data
-from data import TINY, Problem
+from data import TINY, Later, Problem
+from tqdm import tqdm
+
+respond, torch = Later("respond"), Later("torch")
 
 BUNDLED = Path(__file__).resolve().parent / "benchmarks"  # word lists, judge prompts, paper's rows
 BENCHMARKS = json.loads((BUNDLED / "benchmarks.json").read_text())  # their files, fields, columns
@@ -457,19 +460,16 @@ def picture(image, folder, subfolder):
                       "where the images come from") from e
 
 
-def respond(model, processor, fmt, items, batch_size=16, seed=0, first=0, **decoding):
+def answer(model, processor, fmt, items, batch_size=16, seed=0, first=0, **decoding):
     """Yields the model's text for each item of `questions` from number `first` on, in order; keeps
     none of them. Batches and seeds do not depend on `first`, so texts do not either."""
-    import torch
-    from respond import generate_batch
-    from tqdm import tqdm
     with tqdm(total=len(items), unit=" items", desc="answering") as bar:
         for seen, group in itertools.groupby(items, key=lambda item: item[1] is not None):
             while batch := list(itertools.islice(group, batch_size)):
                 if bar.n + len(batch) > first:
                     prompts, images, _ = zip(*batch)
                     torch.manual_seed(seed + bar.n)
-                    texts = generate_batch(model, processor, fmt, prompts, [
+                    texts = respond.generate_batch(model, processor, fmt, prompts, [
                         data.open_image(image) for image in images] if seen else None, **decoding)
                     yield from texts[max(0, first - bar.n):]
                 bar.update(len(batch))
@@ -480,35 +480,18 @@ def measure(model, processor, fmt, folder, benchmark="amber", protocol="symmpo",
     """Generate and score in memory, without a file: what `score` returns."""
     field = BENCHMARKS[benchmark]["answer"]
     items = questions(benchmark, folder, protocol, dimension)
-    texts = respond(model, processor, fmt, items, **decoding)
+    texts = answer(model, processor, fmt, items, **decoding)
     answers = [{**record, field: text} for text, (*_, record) in zip(texts, items)]
     return score(benchmark, answers, folder, protocol=protocol, dimension=dimension)
 
 
 def ask_server(items, first, log, args):
-    """As `respond`, from an OpenAI-compatible server; first: the number of the first item."""
-    from respond import ask_all, image_url
-
-    def messages(prompt, image, _):
-        url = image and {"url": image_url(data.open_image(image))}
-        return [{"role": "user", "content": [{"type": "image_url", "image_url": url}] * bool(url)
-                 + [{"type": "text", "text": prompt}]}]
-
-    requests = [(n, functools.partial(messages, *item)) for n, item in enumerate(items, first)]
-    return in_order(ask_all(requests, log, base_url=args.server, model=args.model, desc="answering",
-                            temperature=args.temperature, max_tokens=args.max_new_tokens), first)
-
-
-def in_order(replies, number=0):
-    """The texts of (number, text) replies by number; raises Problem at the end if any failed."""
-    waiting, failed = {}, 0
-    for n, text in replies:
-        waiting[n], failed = text, failed + (text is None)
-        while waiting.get(number) is not None:
-            yield waiting.pop(number)
-            number += 1
-    if failed:
-        raise Problem(f"{failed} requests got no usable reply; the same command asks them again")
+    """As `answer`, from an OpenAI-compatible server; first: the number of the first item."""
+    requests = [(n, functools.partial(respond.chat, prompt, image))
+                for n, (prompt, image, _) in enumerate(items, first)]
+    return respond.ask_in_order(
+        requests, log, base_url=args.server, model=args.model, desc="answering",
+        temperature=args.temperature, max_tokens=args.max_new_tokens)
 
 
 def fingerprint(folder):
@@ -531,7 +514,6 @@ def models(args):
     for adapter in args.adapter:
         if not Path(adapter, "adapter_config.json").is_file():
             raise Problem(f"{adapter}: no PEFT adapter in there (adapter_config.json is missing)")
-    import torch
     model, processor = data.load_model(args.model, "cuda" if torch.cuda.is_available() else "cpu")
     if len(args.adapter) != 1:
         yield None, model, processor
@@ -562,7 +544,7 @@ def generate(args):
         if args.server:
             texts = ask_server(todo, done, path.with_name(f"replies-{asked[:8]}.jsonl"), args)
         else:
-            texts = respond(model, processor, fmt, items[:args.limit], args.batch_size, args.seed,
+            texts = answer(model, processor, fmt, items[:args.limit], args.batch_size, args.seed,
                             done, **decoding)
         with open(path, "a", encoding="utf-8") as f:
             for text, (*_, record) in zip(texts, todo):
@@ -588,7 +570,6 @@ def answered(path, settings):
 
 def judge(args, folder):
     """Writes judgements.jsonl in answer order; the raw replies go to judge_replies.jsonl first."""
-    from respond import ask_all
     prompt, lists = BUNDLED / "judge" / f"{args.benchmark}.txt", args.benchmark == "objhal"
     if not (prompt.is_file() and args.judge_url and args.judge_model):
         raise Problem("a judge is for hallusionbench, objhal and mmhal, and needs --judge-url and "
@@ -600,9 +581,9 @@ def judge(args, folder):
                     for n, row in enumerate(asked)]
     except KeyError as e:
         raise Problem(f"{folder / 'answers.jsonl'}: the judge needs the field {e}") from e
-    texts = in_order(ask_all(
+    texts = respond.ask_in_order(
         requests, folder / "judge_replies.jsonl", base_url=args.judge_url, model=args.judge_model,
-        desc="judging", temperature=0, check=object_list if lists else None))
+        desc="judging", temperature=0, check=object_list if lists else None)
     lines = [{"text": "[]" if lists and short(row["text"]) else next(texts),
               "model": args.judge_model} for row in answers]
     write(folder / "judgements.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
@@ -735,11 +716,7 @@ def main(argv=None):
                 "score": lambda: score_files(args, args.answers, args.judgements, args.out),
                 "report": lambda: report(args.names, args.out, args.paper),
                 "fetch-help": lambda: fetch_help(args)}
-    try:
-        commands[args.command]()
-    except (Problem, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+    data.command(commands[args.command])
 
 
 if __name__ == "__main__":

@@ -29,14 +29,16 @@ import json
 import os
 import re
 import string
-import sys
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, as_completed, wait
 from pathlib import Path
 
-from data import (Problem, encode_prompts, end_token_id, image_records, load_model, open_image,
-                  prompt_format)
+from data import (Later, Problem, command, encode_prompts, end_token_id, image_records,
+                  load_model, open_image, prompt_format)
+from tqdm import tqdm
+
+httpx2, openai, torch, transformers = map(Later, ("httpx2", "openai", "torch", "transformers"))
 
 # --- prompts (a change of text is a change of version) ------------------------------------------
 
@@ -103,6 +105,29 @@ def image_url(image, max_side=1024):
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+def chat(prompt, image=None, max_side=1024):
+    """A request's messages: the prompt, after the image (as data.open_image takes it) if any."""
+    content = [{"type": "text", "text": prompt}]
+    if image is not None:
+        url = image_url(open_image(image), max_side)
+        content.insert(0, {"type": "image_url", "image_url": {"url": url}})
+    return [{"role": "user", "content": content}]
+
+
+def ask_in_order(requests, log, **options):
+    """As `ask_all`: the texts alone, in the order of the requests, until one got no usable reply;
+    raises Problem at the end, when all others are in the log."""
+    waiting, failed, order = {}, 0, iter([id for id, _ in requests])
+    following = next(order, None)
+    for id, text in ask_all(requests, log, **options):
+        waiting[id], failed = text, failed + (text is None)
+        while waiting.get(following) is not None:
+            yield waiting.pop(following)
+            following = next(order, None)
+    if failed:
+        raise Problem(f"{failed} requests got no usable reply; the same command asks them again")
+
+
 def ask_all(requests, log, *, base_url, model, concurrency=8, retries=6, timeout=120, check=None,
             desc="", tries=3, key_env="OPENAI_API_KEY", **sampling):
     """Ask a chat model many things; yields (id, text) in completion order, (id, None) if in vain.
@@ -123,8 +148,6 @@ def ask_all(requests, log, *, base_url, model, concurrency=8, retries=6, timeout
     Raises Problem when going on is pointless (key or model refused, server gone for good); the
     replies that have come by then are in the log.
     """
-    import openai
-    from tqdm import tqdm
     if not base_url.startswith(("http://", "https://")):
         raise Problem(f"{base_url}: not a server address; one looks like http://127.0.0.1:8000/v1")
     key = os.environ.get(key_env) or "none"  # local servers ask for none
@@ -152,8 +175,6 @@ def ask_all(requests, log, *, base_url, model, concurrency=8, retries=6, timeout
 def bounded_http(seconds, size=2**25):
     """An HTTP client that gives up on replies that drip on and on or never end: the usual time-out
     is one of silence. seconds: for the whole reply; size: bytes."""
-    import httpx2
-    import openai
 
     def bound(response):
         inner, end = response.stream, time.monotonic() + seconds
@@ -207,7 +228,6 @@ def complete(client, body):
 
     Raises Problem for what every other request would meet as well.
     """
-    import openai
 
     def clean(text):  # a server may echo the key; lone surrogates cannot be written to a file
         text = text.encode("utf-8", "replace").decode()
@@ -332,7 +352,6 @@ def build(args):
 def check_records(records, root, allow_outside):
     """Gives a record a `reason` if an image cannot be read, or is none of the data folder's: images
     are sent to servers, and a record may come from anywhere."""
-    from tqdm import tqdm
     for r in tqdm(records, desc="images"):
         try:
             if not isinstance(r["question"], str):
@@ -386,14 +405,8 @@ def replies(args, role, requests, log, check):
     if not server:
         return dict(answer_locally(requests, log, model, check, **SAMPLING[role]))
 
-    def messages(prompt, file):
-        content = [{"type": "text", "text": prompt}]
-        if file:
-            url = image_url(open_image(str(file)), args.max_side)
-            content.insert(0, {"type": "image_url", "image_url": {"url": url}})
-        return [{"role": "user", "content": content}]
-
-    chats = [(id, functools.partial(messages, *request)) for id, request in requests.items()]
+    chats = [(id, functools.partial(chat, prompt, file and str(file), args.max_side))
+             for id, (prompt, file) in requests.items()]
     own = role.upper() + "_API_KEY"
     return dict(ask_all(chats, log, base_url=server, model=model, check=check, desc=log.stem,
                         concurrency=args.concurrency, timeout=args.timeout,
@@ -407,10 +420,9 @@ def generate_batch(model, processor, fmt, prompts, images=None, max_new_tokens=1
     Left-padded and KV-cached. Greedy, or sampled from torch's generator at a temperature above 0;
     greedy texts do not depend on what else is in the batch.
     """
-    from transformers import GenerationConfig
     tokenizer, end = processor.tokenizer, end_token_id(processor, fmt)
     sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
-    config = GenerationConfig(
+    config = transformers.GenerationConfig(
         max_new_tokens=max_new_tokens, num_beams=beams, do_sample=temperature > 0, **sampling,
         eos_token_id=sorted({end, tokenizer.eos_token_id} - {None}), use_cache=True,
         pad_token_id=end if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
@@ -426,8 +438,6 @@ def generate_batch(model, processor, fmt, prompts, images=None, max_new_tokens=1
 def answer_locally(requests, log, path, check, temperature, max_tokens, batch=8):
     """As `replies`, from a transformers model. A batch is seeded by its requests, and sampled again
     whole if a killed run left it incomplete, so that the replies come out the same."""
-    import torch
-    from tqdm import tqdm
     model, processor = load_model(path, "cuda" if torch.cuda.is_available() else "cpu")
     form, ids = prompt_format(model), list(requests)
     changed = [file.stat().st_mtime_ns for file in sorted(Path(path).glob("*.safetensors"))]
@@ -564,7 +574,6 @@ h3 {font-size: 12px; margin: 0 0 3px; color: #666; font-weight: 600}
 
 def report(args):
     """`python respond.py report`: one self-contained page on which a person can scan records."""
-    from tqdm import tqdm
     root, records = image_records(args.data)
     for number, r in enumerate(records, 1):
         if not all(isinstance(r.get(key), str) for key in ("prompt", "chosen")):
@@ -637,11 +646,7 @@ def main(argv=None):
     p.add_argument("--limit", type=int, default=100, help="records shown (default 100)")
     p.set_defaults(run=report)
     args = parser.parse_args(argv)
-    try:
-        args.run(args)
-    except (Problem, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+    command(lambda: args.run(args))
 
 
 if __name__ == "__main__":

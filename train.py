@@ -29,7 +29,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import data
-from data import TINY, Problem
+from data import TINY, Later, Problem
+from tqdm import tqdm
+
+evaluate, peft, respond, symmpo, torch = map(
+    Later, ("evaluate", "peft", "respond", "symmpo", "torch"))
 
 PACKABLE = ("llava", "llava_next", "llava_onevision", "idefics3", "smolvlm", "internvl")
 
@@ -119,12 +123,11 @@ def parse_args(argv=None):
 
 def loss_weights(args):
     """The objective's default weights, each overridden by its flag."""
-    from symmpo import ANCHORS, OBJECTIVES
     w = {key: value if getattr(args, key) is None else getattr(args, key)
-         for key, value in OBJECTIVES[args.objective][1].items()}
+         for key, value in symmpo.OBJECTIVES[args.objective][1].items()}
     w["anchors"] = w["anchors"].split(",") if isinstance(w["anchors"], str) else list(w["anchors"])
-    if not set(w["anchors"]) <= set(ANCHORS):
-        raise Problem(f"--anchors {','.join(w['anchors'])}: known cells are {', '.join(ANCHORS)}")
+    if not set(w["anchors"]) <= set(symmpo.ANCHORS):
+        raise Problem(f"--anchors: the known cells are {', '.join(symmpo.ANCHORS)}")
     return w
 
 
@@ -133,8 +136,6 @@ def loss_weights(args):
 
 def prepare(args):
     """Load and check everything that the loop needs; raises Problem before any step is paid for."""
-    import torch
-    from symmpo import OBJECTIVES
     torch.manual_seed(args.seed)
     if args.model == TINY_PRESET["model"]:
         torch.set_num_threads(1)  # its matrices are too small to be shared between threads
@@ -142,7 +143,8 @@ def prepare(args):
     args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
     if args.dtype == "auto":
         args.dtype = "bfloat16" if cuda else "float32"
-    run = SimpleNamespace(args=args, w=loss_weights(args), cells=OBJECTIVES[args.objective][0])
+    run = SimpleNamespace(args=args, w=loss_weights(args))
+    run.cells = symmpo.OBJECTIVES[args.objective][0]
     run.records = data.Records(args.data)
     per_epoch = math.ceil(len(run.records) / args.batch_size)
     args.steps = args.steps or math.ceil(per_epoch * args.epochs)
@@ -172,14 +174,11 @@ def prepare(args):
 def add_adapter(model, args):
     """LoRA on every linear layer of the language model, by full path, and on nothing else:
     suffixes alone (q_proj) would also match the vision tower."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from symmpo import language_model
-    decoder = language_model(model)
+    decoder = symmpo.language_model(model)
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     leaves = sorted({name.rpartition(".")[2] for name, module in decoder.named_modules()
                      if isinstance(module, torch.nn.Linear)})
-    policy = get_peft_model(model, LoraConfig(
+    policy = peft.get_peft_model(model, peft.LoraConfig(
         r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
         target_modules=rf"{prefix}\..*\.({'|'.join(leaves)})", task_type="CAUSAL_LM"))
     trained = [name for name, p in policy.named_parameters() if p.requires_grad]
@@ -191,12 +190,10 @@ def add_adapter(model, args):
 
 def policy_table(run, rows, records):
     """(records, 2, 3) log-probs in nats of whatever the adapter makes of the model now."""
-    import torch
-    from symmpo import logp_table
     cuda = run.args.device.startswith("cuda")
     try:
         with torch.autocast("cuda", torch.bfloat16, enabled=cuda and run.args.dtype == "bfloat16"):
-            return logp_table(run.policy, rows, records, not run.args.no_share_prefix,
+            return symmpo.logp_table(run.policy, rows, records, not run.args.no_share_prefix,
                               tokens_per_forward=2048 if cuda else 0)
     except ValueError as e:
         raise Problem(f"{rows[0]['source']}: {e}") from e
@@ -208,7 +205,6 @@ def reference_table(run, rows, keys, fresh=False):
     keys: one per record, a hash of everything the model sees of it. fresh: compute all the same
     and raise Problem where the cache says something else.
     """
-    import torch
     marks = ",".join("?" * len(keys))
     found = run.cache.execute(f"SELECT key, nats FROM logps WHERE key IN ({marks})", keys)
     known = {key: torch.frombuffer(bytearray(nats), dtype=torch.float32) for key, nats in found}
@@ -230,21 +226,19 @@ def reference_table(run, rows, keys, fresh=False):
 
 def compute(run, rows, keys, fresh=False):
     """What to minimise, (records,), and what to log of it: {name: (records,)}."""
-    from symmpo import loss_terms, metrics
     reference = reference_table(run, rows, keys, fresh)
     policy = policy_table(run, rows, len(keys))
-    terms = loss_terms(run.args.objective, policy, reference, run.w)
+    terms = symmpo.loss_terms(run.args.objective, policy, reference, run.w)
     loss = sum(terms.values())
     return loss, {"loss": loss, **{f"loss/{name}": term for name, term in terms.items()},
-                  **metrics(policy, reference, run.w["beta"])}
+                  **symmpo.metrics(policy, reference, run.w["beta"])}
 
 
 def verify_start(run, found):
     """Step 0: the adapter is zero, so rho must be 0 and the loss its closed form; else Problem."""
-    from symmpo import loss_at_start
     worst = max(found[name].abs().max().item() / run.w["beta"] for name in found.keys() & {
         "rewards/chosen", "rewards/rejected", "rewards/chosen_contrast", "copo/margin"})
-    loss, expected = found["loss"].mean().item(), loss_at_start(run.args.objective, run.w)
+    loss, expected = found["loss"].mean().item(), symmpo.loss_at_start(run.args.objective, run.w)
     tolerance = 1e-3 if run.args.dtype == "float32" else 0.5  # nats; bf16 sums of ~150 tokens
     if not worst <= tolerance:
         raise Problem(f"policy and reference differ by {worst:.3g} nats before the first step; they"
@@ -280,7 +274,6 @@ def load(run, records, i):
 
 def batch_of(step, n, args):
     """Record numbers of one optimiser step: a new seeded order each epoch, its last batch short."""
-    import torch
     epoch, place = divmod(step, math.ceil(n / args.batch_size))
     order = torch.randperm(n, generator=torch.Generator().manual_seed(args.seed * 1000 + epoch))
     return order[place * args.batch_size:(place + 1) * args.batch_size].tolist()
@@ -329,7 +322,6 @@ def save_checkpoint(run, step, optimizer):
     """checkpoint-STEP: adapter in PEFT's format, optimiser, random state, options. It is written
     under another name, flushed and renamed; older checkpoints go only after that. Raises Problem
     when it cannot be written, and leaves the older ones."""
-    import torch
     final, rank = run.args.out / f"checkpoint-{step}", os.environ.get("RANK", 0)
     temporary = run.args.out / f"unfinished-{rank}"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -358,11 +350,9 @@ def load_checkpoint(run, folder, optimizer):
     """Put adapter, optimiser and random state back and return the step to go on with.
 
     Raises Problem for another run's checkpoint or a damaged one."""
-    import torch
-    from peft import load_peft_weights, set_peft_model_state_dict
     try:
         old = json.loads((folder / "run.json").read_text())
-        adapter = load_peft_weights(folder, "cpu")
+        adapter = peft.load_peft_weights(folder, "cpu")
         state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
     except Exception as e:  # each reader has its own kinds of error for damaged files
         raise Problem(f"{folder}: damaged ({type(e).__name__}), cannot resume from it") from e
@@ -370,7 +360,7 @@ def load_checkpoint(run, folder, optimizer):
                if old.get(k) != v]
     if changed:
         raise Problem(f"{folder}: cannot resume, this is another run: {'; '.join(changed)}")
-    set_peft_model_state_dict(run.policy, adapter)
+    peft.set_peft_model_state_dict(run.policy, adapter)
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["rng"][0])
     if len(state["rng"]) > 1:
@@ -434,8 +424,6 @@ def print_facts(run, rows):
 
 def held_out(run):
     """{eval/name: mean} over the held-out records, and two greedy samples."""
-    import torch
-    from respond import generate_batch
     sums = Counter()
     with torch.no_grad():
         for i in range(len(run.held_out)):
@@ -446,7 +434,7 @@ def held_out(run):
     images = [data.open_image(r["image"], r["root"]) for r in records]
     prompts = [record["prompt"] for record in records]
     run.policy.eval()
-    samples = generate_batch(run.policy, run.processor, run.fmt, prompts, images, 128)
+    samples = respond.generate_batch(run.policy, run.processor, run.fmt, prompts, images, 128)
     run.policy.train()
     means = {f"eval/{name}": value / sums["records"] for name, value in sums.items()}
     return {**means, "samples": [f"{p} -> {y}" for p, y in zip(prompts, samples)]}
@@ -454,10 +442,9 @@ def held_out(run):
 
 def over_processes(sums):
     """Add up {name: number} over all processes of torchrun."""
-    import torch.distributed as dist
-    if dist.is_initialized():
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, sums)
+    if torch.distributed.is_initialized():
+        everyone = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everyone, sums)
         sums = Counter()
         for part in everyone:  # not with +, which drops what is not positive
             sums.update(part)
@@ -466,12 +453,9 @@ def over_processes(sums):
 
 def train(args):
     """The loop: lr, micro-batches, clip, step, log, evaluate, save. Returns the run and its end."""
-    import torch
-    import torch.distributed as dist
-    from tqdm import tqdm
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
+    if world > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo" if args.device == "cpu" else "nccl")
     lock, checkpoint = claim_folder(args, rank)
     board = open_board(args) if rank == 0 else None
     run = prepare(args)
@@ -533,7 +517,7 @@ def train(args):
         for p in weights:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             if world > 1:
-                dist.all_reduce(p.grad)
+                torch.distributed.all_reduce(p.grad)
             p.grad /= sums["records"]
         norm = torch.nn.utils.clip_grad_norm_(weights, args.clip).item()
         if not math.isfinite(sums["loss"] + norm):
@@ -575,12 +559,11 @@ def train(args):
 
 def tiny_report(run):
     """Hallucination on the tiny world's held-out AMBER files, adapter off and on."""
-    from evaluate import measure
     print(f"{'held-out scenes (%)':20}   CHAIR   cover     hal  yes/no")
     run.policy.eval()
     for name, adapter in (("before", run.policy.disable_adapter()), ("after", nullcontext())):
         with adapter:
-            found = measure(run.policy, run.processor, run.fmt, TINY / "amber")["metrics"]
+            found = evaluate.measure(run.policy, run.processor, run.fmt, TINY / "amber")["metrics"]
         made, asked = found["generative"], found["discriminative"]
         print(f"{name:20}" + "".join(f"{value:8.1f}" for value in (
             made["CHAIR"], made["Cover"], made["Hal"], asked["Accuracy"])))

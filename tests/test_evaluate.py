@@ -302,7 +302,7 @@ def adapter(llava, tmp_path_factory):
 
 
 def texts(model, processor, items, **options):
-    return list(evaluate.respond(model, processor, "vicuna", items, max_new_tokens=12, **options))
+    return list(evaluate.answer(model, processor, "vicuna", items, max_new_tokens=12, **options))
 
 
 @pytest.mark.parametrize("tuned", [False, True])
@@ -332,7 +332,7 @@ def test_sampling_is_seeded_and_answers_are_not_kept(loaded, amber):
     drawn = texts(*loaded, items, temperature=1.0, seed=1)
     assert drawn == texts(*loaded, items, temperature=1.0, seed=1)
     assert drawn != texts(*loaded, items, temperature=1.0, seed=2)
-    endless = evaluate.respond(*loaded, "vicuna", items * 1000, max_new_tokens=1, batch_size=2)
+    endless = evaluate.answer(*loaded, "vicuna", items * 1000, max_new_tokens=1, batch_size=2)
     assert len(list(itertools.islice(endless, 3))) == 3  # two batches ran, not four thousand
 
 
