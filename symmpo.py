@@ -99,8 +99,7 @@ def ancpo(rho, beta, delta, direction=+1):
 # ---------------------------------------------------------------------------------------------
 # Objectives: the cells they read, their default weights, and a function of the two (B, 2, 3)
 # tables (log-ratios, policy log-probs) and the weights w that returns weighted (B,) terms.
-# Ablations are weights of zero. At the start policy = reference, so rho = 0 and every loss but
-# SFT has a closed form: a pair costs ln 2, an anchor log(1 + exp(+-delta)).
+# Ablations are weights of zero.
 # ---------------------------------------------------------------------------------------------
 
 ANCHORS = {  # name on the command line -> (image, response, direction); mDPO Table 4 and SymMPO
@@ -143,34 +142,30 @@ def _weights(lam=0.0, gamma=0.0, eta=0.0, anchors=("yw",)):
     return {"beta": 0.1, "lam": lam, "gamma": gamma, "eta": eta, "delta": 0.0, "anchors": anchors}
 
 
-OBJECTIVES = {  # name: (cells it reads, default weights, pairs at their full weight, terms)
-    "dpo": ([(M, YW), (M, YL)], _weights(), lambda w: 1, _dpo),
-    "copo": ([(M, YW), (M_, YW)], _weights(), lambda w: 1, _copo),
-    "mdpo": ([(M, YW), (M, YL), (M_, YW)], _weights(lam=1.0, eta=1.0), lambda w: 1 + w["lam"],
-             _mdpo),
+OBJECTIVES = {  # name: (cells it reads, default weights, terms)
+    "dpo": ([(M, YW), (M, YL)], _weights(), _dpo),
+    "copo": ([(M, YW), (M_, YW)], _weights(), _copo),
+    "mdpo": ([(M, YW), (M, YL), (M_, YW)], _weights(lam=1.0, eta=1.0), _mdpo),
     "symmpo": ([(M, YW), (M, YL), (M, YW_), (M_, YW_), (M_, YW)],
-               _weights(lam=0.5, gamma=1e-4, eta=1.0, anchors=("yw", "yw'")),
-               lambda w: 1 + 2 * w["lam"], _symmpo),
-    "sft": ([(M, YW)], _weights(), None, _sft),
+               _weights(lam=0.5, gamma=1e-4, eta=1.0, anchors=("yw", "yw'")), _symmpo),
+    "sft": ([(M, YW)], _weights(), _sft),
 }
 
 
 def loss_terms(name, policy, reference, w):
     """The weighted terms of an objective: {term: (B,)}, from two (B, 2, 3) log-prob tables."""
-    return OBJECTIVES[name][3](policy - reference, policy, w)
+    return OBJECTIVES[name][2](policy - reference, policy, w)
 
 
 def loss_at_start(name, w):
-    """The closed form of the loss at rho = 0 in nats, or None for SFT, which has none.
+    """The loss in nats where policy = reference, so that rho = 0: its closed form. NaN for SFT,
+    which reads the log-probs themselves.
 
-    dpo ln 2; mdpo 3 ln 2; symmpo (1 + 2 lam + 2 eta) ln 2 = 4 ln 2 with the paper's weights.
+    A pair costs ln 2, an anchor log(1 + exp(+-delta)): dpo ln 2; mdpo 3 ln 2; symmpo
+    (1 + 2 lam + 2 eta) ln 2 = 4 ln 2 with the paper's weights.
     """
-    pairs = OBJECTIVES[name][2]
-    if pairs is None:
-        return None
-    signs = [ANCHORS[a][2] for a in w["anchors"]]
-    anchors = sum(math.log1p(math.exp(sign * w["delta"])) for sign in signs)
-    return pairs(w) * math.log(2) + w["eta"] * anchors
+    rho = torch.zeros(1, 2, 3)
+    return sum(OBJECTIVES[name][2](rho, rho * math.nan, w).values()).item()
 
 
 @torch.no_grad()
@@ -311,7 +306,8 @@ def plain_logps(model, rows):
                 more = {"input_ids": padded, "attention_mask": real}.get(key, 0 * padded)
                 value = torch.cat([value, more.to(value.dtype)], dim=1)
             inputs[key] = value.to(device)
-        logits = model(**inputs, use_cache=False).logits[:, length - 1:-1].float()
+        logits = model(**inputs, use_cache=False,  # no logits for the prompt
+                       logits_to_keep=padded.shape[1] + 1).logits[:, :-1].float()
         out += [-cross_entropy(logits[k, :len(r)], r.to(device), reduction="none")
                 for k, r in enumerate(row["responses"])]
     return out

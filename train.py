@@ -48,16 +48,21 @@ def options():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    def add(group, name, default, text, kind=None, **more):
-        more |= {"action": "store_true"} if default is False else {"type": kind or type(default)}
-        note = f" (default {default})" if default not in (None, False) else ""
-        group.add_argument(f"--{name}", default=default, help=text + note, **more)
+    def add(group, name, value, text):  # value: a default, choices (the default first) or a type
+        if value is False:
+            group.add_argument(f"--{name}", action="store_true", help=text)
+        elif isinstance(value, type):
+            group.add_argument(f"--{name}", type=value, help=text)
+        else:
+            first, choices = (value[0], value) if isinstance(value, tuple) else (value, None)
+            group.add_argument(f"--{name}", default=first, type=type(first), choices=choices,
+                               help=f"{text} (default {first})")
 
     g = parser.add_argument_group("what")
-    add(g, "model", None, "model folder or hub name; without it, the bundled tiny world", str)
-    add(g, "data", None, "prefs.jsonl or parquet (`python data.py --help` has the form)", str)
-    add(g, "objective", "symmpo", "the loss", choices=("dpo", "copo", "mdpo", "symmpo", "sft"))
-    add(g, "out", None, "folder for this run (default runs/OBJECTIVE-DATE-TIME)", Path)
+    add(g, "model", str, "model folder or hub name; without it, the bundled tiny world")
+    add(g, "data", str, "prefs.jsonl or parquet (`python data.py --help` has the form)")
+    add(g, "objective", ("symmpo", "dpo", "copo", "mdpo", "sft"), "the loss")
+    add(g, "out", Path, "folder for this run (default runs/OBJECTIVE-DATE-TIME)")
     add(g, "no-image", False, "dpo, sft: remove the image from every prompt (mDPO Fig. 1)")
     g = parser.add_argument_group("loop")
     add(g, "epochs", 2.0, "passes over the data")
@@ -70,33 +75,31 @@ def options():
     add(g, "clip", 1.0, "largest norm of the gradient")
     add(g, "seed", 0, "of data order, adapter initialisation and crops")
     g = parser.add_argument_group("loss", "defaults go by objective")
-    add(g, "beta", None, "scale of the log-ratios, 1/nats (0.1)", float)
-    add(g, "lam", None, "weight of Pair (symmpo 0.5) or of CoPO (mdpo 1)", float)
-    add(g, "gamma", None, "weight of Margin (symmpo 1e-4)", float)
-    add(g, "eta", None, "weight of the anchors (symmpo and mdpo 1, others 0)", float)
-    add(g, "delta", None, "threshold that anchors hold beta * rho above (0)", float)
-    add(g, "anchors", None, "comma-separated cells among yw, yl, ml, yw' (mDPO Table 4)", str)
+    add(g, "beta", float, "scale of the log-ratios, 1/nats (0.1)")
+    add(g, "lam", float, "weight of Pair (symmpo 0.5) or of CoPO (mdpo 1)")
+    add(g, "gamma", float, "weight of Margin (symmpo 1e-4)")
+    add(g, "eta", float, "weight of the anchors (symmpo and mdpo 1, others 0)")
+    add(g, "delta", float, "threshold that anchors hold beta * rho above (0)")
+    add(g, "anchors", str, "comma-separated cells among yw, yl, ml, yw' (mDPO Table 4)")
     g = parser.add_argument_group("model")
     add(g, "lora-r", 128, "rank of the adapters")
     add(g, "lora-alpha", 256, "the adapters' output is scaled by alpha / r")
     add(g, "lora-dropout", 0.0, "0 since the reference has none (published script: 0.05)")
     add(g, "max-length", 2048, "tokens of image, prompt and longest response")
-    add(g, "prompt-format", "auto", "auto: vicuna for LLaVA-1.5, else the processor's template",
-        choices=("auto", "vicuna", "chat"))
-    add(g, "dtype", "auto", "of the frozen weights; auto: bfloat16 on CUDA, float32 elsewhere",
-        choices=("auto", "bfloat16", "float32"))
+    add(g, "prompt-format", ("auto", "vicuna", "chat"), "auto: vicuna for LLaVA-1.5, else chat")
+    add(g, "dtype", ("auto", "bfloat16", "float32"), "of the frozen weights; auto: bf16 on CUDA")
     add(g, "device", "auto", "cuda or cpu; auto: CUDA when there is one")
     add(g, "grad-checkpointing", False, "recompute activations: less memory, a third slower")
     add(g, "no-share-prefix", False, "plain padded sequences, for models that cannot pack")
     g = parser.add_argument_group("run")
-    add(g, "eval-data", None, "held-out records: loss, accuracy and samples while training", str)
+    add(g, "eval-data", str, "held-out records: loss, accuracy and samples while training")
     add(g, "sample-every", 50, "steps between held-out evaluations")
     add(g, "save-every", 50, "steps between checkpoints; the last step is always saved")
     add(g, "resume", False, "go on with the run in --out from its last checkpoint")
     add(g, "skip-bad", False, "leave unusable records out and list them at the end")
     add(g, "allow-outside", False, "permit image paths that leave the data file's folder")
     add(g, "cache", "~/.cache/symmpo", "folder of the reference's log-probs")
-    add(g, "workers", 0, "processes that read images ahead of the step")
+    add(g, "workers", int, "processes that read images ahead of the step (CUDA 2, CPU 0)")
     add(g, "tensorboard", False, "also write TensorBoard events, if it is installed")
     return parser
 
@@ -123,8 +126,8 @@ def parse_args(argv=None):
 
 def loss_weights(args):
     """The objective's default weights, each overridden by its flag."""
-    w = {key: value if getattr(args, key) is None else getattr(args, key)
-         for key, value in symmpo.OBJECTIVES[args.objective][1].items()}
+    w = symmpo.OBJECTIVES[args.objective][1]
+    w = {key: w[key] if getattr(args, key) is None else getattr(args, key) for key in w}
     w["anchors"] = w["anchors"].split(",") if isinstance(w["anchors"], str) else list(w["anchors"])
     if not set(w["anchors"]) <= set(symmpo.ANCHORS):
         raise Problem(f"--anchors: the known cells are {', '.join(symmpo.ANCHORS)}")
@@ -141,10 +144,11 @@ def prepare(args):
         torch.set_num_threads(1)  # its matrices are too small to be shared between threads
     cuda = args.device.startswith("cuda") or args.device == "auto" and torch.cuda.is_available()
     args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
+    args.workers = 2 * cuda if args.workers is None else args.workers
     if args.dtype == "auto":
         args.dtype = "bfloat16" if cuda else "float32"
-    run = SimpleNamespace(args=args, w=loss_weights(args))
-    run.cells = symmpo.OBJECTIVES[args.objective][0]
+    run = SimpleNamespace(args=args, w=loss_weights(args), skipped={},
+                          cells=symmpo.OBJECTIVES[args.objective][0])
     run.records = data.Records(args.data)
     per_epoch = math.ceil(len(run.records) / args.batch_size)
     args.steps = args.steps or math.ceil(per_epoch * args.epochs)
@@ -153,22 +157,26 @@ def prepare(args):
         raise Problem(f"{args.model}: sharing the prefix is not exact for {model.config.model_type}"
                       " models (their attention or positions); add --no-share-prefix")
     run.fmt = data.prompt_format(model, args.prompt_format)
-    held_out, run.skipped = data.Records(args.eval_data) if args.eval_data else [], {}
-    run.held_out = [held_out[i] for i in range(len(held_out))
+    held_out = data.Records(args.eval_data) if args.eval_data else []
+    run.held_out = [record for i, record in enumerate(held_out)
                     if merge([load(run, held_out, i)], args, run.skipped)[0]]
-    run.base = data.fingerprint(model)
+    base = data.fingerprint(model)
     run.policy = add_adapter(model.requires_grad_(False), args)
     run.identity = {**{k: v for k, v in vars(args).items() if k not in MAY_CHANGE}, **run.w,
-                    "base": run.base, "format": run.fmt, "records": len(run.records)}
-    folder = Path(args.cache).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
+                    "base": base, "format": run.fmt, "records": len(run.records)}
     config = hashlib.blake2b(model.config.to_json_string().encode(), digest_size=4).hexdigest()
-    name = f"{run.base}-{config}-{args.dtype}-{'cuda' if cuda else 'cpu'}.sqlite"
-    run.cache = sqlite3.connect(folder / name, timeout=60)  # seconds to wait for other processes
-    run.cache.execute("PRAGMA journal_mode = WAL")  # with the next line: no disk flush per write,
-    run.cache.execute("PRAGMA synchronous = NORMAL")  # and still never half a write
-    run.cache.execute("CREATE TABLE IF NOT EXISTS logps (key BLOB PRIMARY KEY, nats BLOB)")
+    name = f"{base}-{config}-{args.dtype}-{'cuda' if cuda else 'cpu'}.sqlite"
+    run.cache = open_cache(Path(args.cache).expanduser() / name)
     return run
+
+
+def open_cache(path):
+    """The reference's log-probs on disk, shared by all processes and runs: a table key -> nats."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cache = sqlite3.connect(path, timeout=60)  # seconds to wait for the other processes
+    cache.execute("PRAGMA synchronous = OFF")  # no flush per write; a killed process loses nothing
+    cache.execute("CREATE TABLE IF NOT EXISTS logps (key BLOB PRIMARY KEY, nats BLOB)")
+    return cache
 
 
 def add_adapter(model, args):
@@ -190,11 +198,14 @@ def add_adapter(model, args):
 
 def policy_table(run, rows, records):
     """(records, 2, 3) log-probs in nats of whatever the adapter makes of the model now."""
-    cuda = run.args.device.startswith("cuda")
+    args, cuda = run.args, run.args.device.startswith("cuda")
+    mixed = cuda and args.dtype == "bfloat16"  # autocast brings the adapters' inputs to bf16; PEFT
+    keep = mixed and not args.grad_checkpointing  # would save a copy of each in fp32 before that
     try:
-        with torch.autocast("cuda", torch.bfloat16, enabled=cuda and run.args.dtype == "bfloat16"):
-            return symmpo.logp_table(run.policy, rows, records, not run.args.no_share_prefix,
-                              tokens_per_forward=2048 if cuda else 0)
+        with (torch.autocast("cuda", torch.bfloat16, enabled=mixed),
+              peft.helpers.disable_input_dtype_casting(run.policy, active=keep)):
+            return symmpo.logp_table(run.policy, rows, records, not args.no_share_prefix,
+                                     tokens_per_forward=2048 if cuda else 0)
     except ValueError as e:
         raise Problem(f"{rows[0]['source']}: {e}") from e
 
@@ -224,29 +235,29 @@ def reference_table(run, rows, keys, fresh=False):
     return table.to(run.args.device)
 
 
-def compute(run, rows, keys, fresh=False):
-    """What to minimise, (records,), and what to log of it: {name: (records,)}."""
+def compute(run, rows, keys, fresh=False, start=False):
+    """What to minimise, (records,), and what to log of it: {name: (records,)}.
+
+    fresh, start: is this the first forward pass of this process, of the run?"""
     reference = reference_table(run, rows, keys, fresh)
     policy = policy_table(run, rows, len(keys))
     terms = symmpo.loss_terms(run.args.objective, policy, reference, run.w)
     loss = sum(terms.values())
+    if start:
+        verify_start(run, (policy - reference).abs().nan_to_num().max().item(), loss.mean().item())
     return loss, {"loss": loss, **{f"loss/{name}": term for name, term in terms.items()},
                   **symmpo.metrics(policy, reference, run.w["beta"])}
 
 
-def verify_start(run, found):
+def verify_start(run, rho, loss):
     """Step 0: the adapter is zero, so rho must be 0 and the loss its closed form; else Problem."""
-    worst = max(found[name].abs().max().item() / run.w["beta"] for name in found.keys() & {
-        "rewards/chosen", "rewards/rejected", "rewards/chosen_contrast", "copo/margin"})
-    loss, expected = found["loss"].mean().item(), symmpo.loss_at_start(run.args.objective, run.w)
+    expected = symmpo.loss_at_start(run.args.objective, run.w)
     tolerance = 1e-3 if run.args.dtype == "float32" else 0.5  # nats; bf16 sums of ~150 tokens
-    if not worst <= tolerance:
-        raise Problem(f"policy and reference differ by {worst:.3g} nats before the first step; they"
-                      " are the same weights: dropout, another dtype or another template does this")
-    if expected is not None and abs(loss - expected) > tolerance:
-        raise Problem(f"the loss before the first step is {loss:.5f}, it should be {expected:.5f}")
-    print(f"step 0      rho = 0 within {worst:.1g} nats, loss {loss:.6f}, closed form "
-          + ("none" if expected is None else f"{expected:.6f}"))
+    if rho > tolerance or abs(loss - expected) > tolerance:
+        raise Problem(f"policy and reference differ by {rho:.3g} nats before the first step, and "
+                      f"the loss is {loss:.5f} instead of {expected:.5f}; they are the same "
+                      "weights: dropout, another dtype or another template does this")
+    print(f"step 0      rho = 0 within {rho:.1g} nats, loss {loss:.6f}, closed form {expected:.6f}")
 
 
 # --- batches -------------------------------------------------------------------------------------
@@ -293,14 +304,15 @@ def merge(items, args, skipped):
     """
     rows, keys = [], []
     for number, key, item in items:
-        if key is None and not args.skip_bad:
+        if key is not None:
+            rows += [{**row, "cells": [(len(keys), *cell[1:]) for cell in row["cells"]]}
+                     for row in item]
+            keys.append(key)
+        elif args.skip_bad:
+            skipped[str(item)] = number
+        else:
             raise Problem(f"{item}\n--skip-bad goes on without such records; "
                           f"`python data.py check {args.data}` lists them all")
-        if key is None:
-            skipped[str(item)] = number
-            continue
-        rows += [{**row, "cells": [(len(keys), i, y) for _, i, y in row["cells"]]} for row in item]
-        keys.append(key)
     return rows, keys
 
 
@@ -322,8 +334,8 @@ def save_checkpoint(run, step, optimizer):
     """checkpoint-STEP: adapter in PEFT's format, optimiser, random state, options. It is written
     under another name, flushed and renamed; older checkpoints go only after that. Raises Problem
     when it cannot be written, and leaves the older ones."""
-    final, rank = run.args.out / f"checkpoint-{step}", os.environ.get("RANK", 0)
-    temporary = run.args.out / f"unfinished-{rank}"
+    final = run.args.out / f"checkpoint-{step}"
+    temporary = run.args.out / f"unfinished-{os.environ.get('RANK', 0)}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         if not final.exists():
@@ -373,17 +385,6 @@ def read_metrics(out):
     path = out / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}\n")]
-
-
-def open_board(args):
-    """A TensorBoard writer into the run's folder, or None without --tensorboard."""
-    if not args.tensorboard:
-        return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as e:
-        raise Problem("--tensorboard needs the package: pip install tensorboard") from e
-    return SummaryWriter(args.out)
 
 
 def plot_curves(out):
@@ -457,7 +458,10 @@ def train(args):
     if world > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo" if args.device == "cpu" else "nccl")
     lock, checkpoint = claim_folder(args, rank)
-    board = open_board(args) if rank == 0 else None
+    board = None
+    if args.tensorboard and rank == 0:
+        from torch.utils.tensorboard import SummaryWriter
+        board = SummaryWriter(args.out)
     run = prepare(args)
     weights = [p for p in run.policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=args.lr, weight_decay=args.weight_decay)
@@ -498,9 +502,7 @@ def train(args):
             first = not sums and step == start
             if first and rank == 0:
                 print_facts(run, rows)
-            loss, found = compute(run, rows, keys, fresh=first)
-            if first and step == 0:
-                verify_start(run, found)
+            loss, found = compute(run, rows, keys, first, start=first and step == 0)
             loss.sum().backward()
             numbers += [number for number, *_ in items]
             sums.update({name: value.sum().item() for name, value in found.items()})
@@ -577,11 +579,11 @@ def main(argv=None):
             return  # rank 0 speaks for all
         if args.model == TINY_PRESET["model"] and done == args.steps:
             tiny_report(run)
-    except Problem as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except (OSError, sqlite3.Error) as e:  # a full or read-only disk
-        print(f"error: {e}; this run writes to {args.out} and {args.cache}", file=sys.stderr)
+    except (Problem, ImportError, OSError, sqlite3.Error) as e:
+        hint = f": pip install {e.name}" if isinstance(e, ImportError) else ""
+        if isinstance(e, (OSError, sqlite3.Error)):  # perhaps a full disk
+            hint = f"; this run writes to {args.out} and {args.cache}"
+        print(f"error: {e}{hint}", file=sys.stderr)
         sys.exit(2)
     for reason in run.skipped:
         print(f"left out: {reason}")

@@ -1,6 +1,7 @@
 """The loop through its real command line, on a small LLaVA: exactness, resume, refusals."""
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -122,7 +123,7 @@ def test_two_processes_equal_one(llava, prefs, fit, tmp_path):
                     f"--master_port={port}", ROOT / "train.py", "--model", llava, "--data", prefs,
                     "--out", out, "--cache", tmp_path / "cache3", "--device", "cpu", *FAST,
                     "--batch-size", "5"],
-                   check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                   check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     losses = [line["loss"] for line in train.read_metrics(out)]
     adapter = load_file(next(out.glob("checkpoint-*")) / "adapter_model.safetensors")
     assert losses == pytest.approx(one[0], abs=1e-5) and close(adapter, one[1])
@@ -171,6 +172,23 @@ def test_reference_is_computed_once(fit, monkeypatch):
     counts.clear()
     fit("--steps", 6)  # another run, the same cache
     assert counts.count(False) == 1
+
+
+def test_processes_may_open_the_cache_at_once(tmp_path):
+    """One that finds the file locked waits; with a write-ahead log some gave up."""
+    fork = multiprocessing.get_context("fork")
+    barrier = fork.Barrier(2)
+
+    def use():
+        for i in range(100):
+            barrier.wait(30)
+            train.open_cache(tmp_path / f"{i}.sqlite").close()
+    pair = [fork.Process(target=use) for _ in range(2)]
+    for process in pair:
+        process.start()
+    for process in pair:
+        process.join(60)
+    assert [process.exitcode for process in pair] == [0, 0]
 
 
 def test_a_wrong_cache_is_refused(fit, tmp_path, capsys):
