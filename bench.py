@@ -610,7 +610,7 @@ VARIANTS = {  # one change each against the first
 }
 
 
-def flex_mask(row_of, branch):
+def flex_mask(row_of, branch, dtype=None):
     """symmpo.branch_mask for flex attention: what may be seen, as a function of two positions."""
     from torch.nn.attention.flex_attention import create_block_mask
 

@@ -270,22 +270,42 @@ def packed_logps(model, rows):
     ids, labels = torch.cat(ids).to(device), torch.cat(targets).to(device)
     row_of, branch, position, keep = (
         torch.tensor(x, device=device) for x in (row_of, branch, position, keep))
+    embeds = _embed(model, rows, ids)
     hidden = language_model(model)(
-        inputs_embeds=_embed(model, rows, ids), position_ids=position[None],
-        attention_mask=branch_mask(row_of, branch), use_cache=False).last_hidden_state[0]
-    logits = _base(model).get_output_embeddings()(hidden[keep])
-    logps = -cross_entropy(logits.float(), labels, reduction="none")
+        inputs_embeds=embeds, position_ids=position[None], use_cache=False,
+        attention_mask=branch_mask(row_of, branch, embeds.dtype)).last_hidden_state[0]
+    logps = _token_logps(_base(model).get_output_embeddings(), hidden[keep], labels)
     return logps.split([len(response) for response in targets])
 
 
-def branch_mask(row_of, branch):
-    """Boolean (1, 1, L, L): may query i see key j? None where plain causal attention is right."""
+def _token_logps(head, hidden, labels, chunk=128):
+    """(T,) fp32 log p(label) from (T, width) hidden states, with their gradient and without keeping
+    (T, vocabulary) logits for it: while a chunk's are there, so is the gradient, by hand
+        d log p(y) / d hidden = W[y] - softmax(logits) W
+    and a term of value zero carries it. The head W itself is frozen and gets none."""
+    logps, slopes = [], []
+    with torch.no_grad():
+        for h, y in zip(hidden.split(chunk), labels.split(chunk)):
+            logp = head(h).float().log_softmax(-1)
+            logps.append(logp.gather(1, y[:, None])[:, 0])
+            if hidden.requires_grad:
+                slopes.append(head.weight[y] - logp.exp_().to(h.dtype) @ head.weight)
+    if not slopes:
+        return torch.cat(logps)
+    zero = (hidden - hidden.detach()).float()
+    return torch.cat(logps) + (zero * torch.cat(slopes)).sum(-1)
+
+
+def branch_mask(row_of, branch, dtype=torch.float32):
+    """(1, 1, L, L): 0 where query i may see key j, else -inf; None where plain causal attention is
+    right. Not a boolean, of which attention would make and keep such a copy in every layer."""
     if row_of[-1] == 0 and branch[-1] <= 1:
         return None
     past = torch.ones(len(branch), len(branch), dtype=torch.bool, device=branch.device).tril()
     same_row = row_of[:, None] == row_of[None]
     same_branch = (branch[None] == 0) | (branch[:, None] == branch[None])
-    return (past & same_row & same_branch)[None, None]
+    allowed = (past & same_row & same_branch)[None, None]
+    return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, -math.inf)
 
 
 def plain_logps(model, rows):

@@ -78,7 +78,7 @@ def test_controls_bite(family, control, monkeypatch):
     policy, rows = with_adapter(family)
     expected = separate(policy, rows).detach()
     if control == "mask":
-        monkeypatch.setattr(symmpo, "branch_mask", lambda row_of, branch: None)
+        monkeypatch.setattr(symmpo, "branch_mask", lambda *_: None)
     if control == "positions":
         decoder = symmpo.language_model(policy)
         decoder.register_forward_pre_hook(lambda module, args, kwargs: (args, {
