@@ -285,7 +285,7 @@ def _token_logps(head, hidden, labels, chunk=128):
     and a term of value zero carries it. The head W itself is frozen and gets none."""
     logps, slopes = [], []
     with torch.no_grad():
-        for h, y in zip(hidden.split(chunk), labels.split(chunk)):
+        for h, y in zip(hidden.detach().split(chunk), labels.split(chunk)):
             logp = head(h).float().log_softmax(-1)
             logps.append(logp.gather(1, y[:, None])[:, 0])
             if hidden.requires_grad:
