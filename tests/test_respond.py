@@ -1,6 +1,7 @@
 """respond.py against a real server on the loopback that speaks the OpenAI chat protocol."""
 import base64
 import contextlib
+import functools
 import io
 import json
 import re
@@ -142,7 +143,7 @@ def test_passing_trouble_is_retried(serve, tmp_path, trouble):
     assert got == {f"q{i}": f"re: question {i}" for i in range(3)}
     assert len(bodies) == 9
     good = [e for e in lines(tmp_path / "log.jsonl") if "reason" not in e]
-    assert [e["usage"] for e in good] == [{"prompt": 10, "completion": 2}] * 3
+    assert [e["usage"] for e in good] == [completion("")["usage"]] * 3
 
 
 def test_retry_after_is_obeyed(serve, tmp_path):
@@ -171,7 +172,7 @@ def test_a_request_that_always_fails_is_none_and_asked_again_by_the_next_run(ser
     assert {id for id in got if got[id] is None} == {"q1", "q2"} and len(got) == 5
     assert len(bodies) == 3 + 3 + 1  # three good ones, 500 asked three times, 400 once
     reasons = {e["id"]: e["reason"] for e in lines(log) if e["text"] is None}
-    assert reasons["q1"].startswith("HTTP 500") and reasons["q2"].startswith("HTTP 400")
+    assert "500" in reasons["q1"] and "400" in reasons["q2"]
     broken["now"] = False
     bodies.clear()
     assert None not in ask(questions(5), log, url).values()
@@ -212,11 +213,11 @@ def test_a_wrong_key_stops_at_once_and_costs_no_finished_work(serve, tmp_path, m
 
 
 @pytest.mark.parametrize("status", [404, 402])
-def test_a_wrong_model_stops_at_once(serve, tmp_path, status):
+def test_a_wrong_model_stops_soon(serve, tmp_path, status):
     url, bodies = serve(lambda body, attempt: status)
-    with pytest.raises(Problem, match=f"'m' with HTTP {status}") as error:
+    with pytest.raises(Problem, match=f"in a row failed.* {status}") as error:
         ask(questions(50), tmp_path / "log", url, concurrency=2)
-    assert len(bodies) <= 4 and KEY not in str(error.value)
+    assert len(bodies) <= 5 + 2 and KEY not in str(error.value)
 
 
 def test_a_server_that_is_gone_is_given_up(tmp_path, serve):
@@ -224,8 +225,8 @@ def test_a_server_that_is_gone_is_given_up(tmp_path, serve):
         ask(questions(50), tmp_path / "log", "http://127.0.0.1:9/v1", retries=1)
     with pytest.raises(Problem, match="in a row failed"):
         ask(questions(1), tmp_path / "log", "http://127.0.0.1:9/v1", retries=1)
-    with pytest.raises(Problem, match="not a server address"):
-        ask(questions(1), tmp_path / "log", "127.0.0.1:9")
+    with pytest.raises(Problem, match="in a row failed.*missing an 'http://'"):
+        ask(questions(1), tmp_path / "log", "127.0.0.1:9", retries=1)
 
 
 def test_the_concurrency_bound_holds_and_requests_are_read_lazily(serve, tmp_path):
@@ -364,11 +365,11 @@ def oracle(body, attempt):
     if text.startswith("Below are"):
         return "Well: " + json.dumps({"consistent": [f"it is {colour}"], "inconsistent": ["a dog"]})
     if text.startswith("Write two"):
-        return json.dumps({"preferred": f"The picture shows a {colour} square, nothing else.",
-                           "dispreferred": f"The picture shows a {colour} square and a dog."})
+        return json.dumps({"chosen": f"The picture shows a {colour} square, nothing else.",
+                           "rejected": f"The picture shows a {colour} square and a dog."})
     was = re.search(r"shows a (\w+) square", text)[1]
     return "<think>{}</think>" + json.dumps({
-        "preferred": f"The picture shows a {colour} square, nothing else.",
+        "contrast_chosen": f"The picture shows a {colour} square, nothing else.",
         "changes": [{"was": f"a {was} square", "is": f"a {colour} square"}]})
 
 
@@ -384,6 +385,12 @@ def pairs(tmp_path):
                for a, b in zip(names, names[1:] + names[:1])]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     return tmp_path / "pairs.jsonl"
+
+
+def test_the_prompts_are_those_of_their_version():
+    """Who changes a text changes the version, which every record carries."""
+    texts = "".join(p.read_text() for p in sorted((ROOT / "prompts").glob("*.txt")))
+    assert (respond.VERSION, respond.digest(texts)[:8]) == (2, "f9239fbd")
 
 
 def build_args(pairs, url, out="prefs.jsonl"):
@@ -463,7 +470,7 @@ def test_malformed_replies_end_in_the_rejected_file_with_their_text(serve, pairs
     ('{"b": [1]}', "'a' is missing"), ('{"a": " ", "b": [1]}', "'a' is missing, empty"),
     ('{"a": "x", "b": []}', "'b' is missing, empty"), ('{"a": ["x"], "b": [1]}', "not a str")])
 def test_json_in_replies(reply, fault):
-    parse = respond.json_with(a=str, b=list)
+    parse = functools.partial(respond.fields, a=str, b=list)
     if fault:
         with pytest.raises(ValueError, match=fault):
             parse(reply)
@@ -480,7 +487,7 @@ def test_json_in_replies(reply, fault):
 def test_gates(change, reason):
     record = {"chosen": "The cat sat.", "rejected": "The dog sat.", "contrast_chosen": "A car."}
     found = respond.gate(record | change)
-    assert found == ({"reason": f"gate: {reason}"} if reason else {})
+    assert found == (f"gate: {reason}" if reason else None)
 
 
 def test_records_without_contrast_images_become_dpo_records(serve, pairs):
@@ -488,7 +495,8 @@ def test_records_without_contrast_images_become_dpo_records(serve, pairs):
     pairs.write_text('{"image": "red.png"}\n')
     respond.main(build_args(pairs, url))
     [record] = lines(pairs.parent / "prefs.jsonl")
-    assert "contrast_chosen" not in record and record["prompt"] == respond.QUESTION
+    assert "contrast_chosen" not in record
+    assert record["prompt"] == respond.template("question.txt").render()
     assert len(bodies) == 1 + 2 + 2
 
 
@@ -569,7 +577,8 @@ def test_transformers_serve_answers_about_an_image(tmp_path):
                    {"type": "text", "text": "Describe this image."}]
         got = ask([("q", [{"role": "user", "content": content}])], tmp_path / "log",
                   f"http://127.0.0.1:{port}/v1", model=model, max_tokens=40, timeout=60)
-        assert got["q"].startswith("a ") and lines(tmp_path / "log")[0]["usage"]["completion"] > 5
+        assert got["q"].startswith("a ")
+        assert lines(tmp_path / "log")[0]["usage"]["completion_tokens"] > 5
     finally:
         server.kill()
         server.wait()
