@@ -491,7 +491,9 @@ def train(args):
         began, sums, numbers = time.time(), Counter(), []
         share = len(batch_of(step, n, args)[rank::world])
         for _ in range(math.ceil(share / args.micro_batch)):
+            asked = time.time()
             items = next(batches)
+            sums["waited"] += time.time() - asked
             try:
                 rows, keys = merge(items, args, run.skipped)
             except Problem:
@@ -499,7 +501,7 @@ def train(args):
                 raise
             if not rows:
                 continue
-            first = not sums and step == start
+            first = not numbers and step == start
             if first and rank == 0:
                 print_facts(run, rows)
             loss, found = compute(run, rows, keys, first, start=first and step == 0)
@@ -532,9 +534,10 @@ def train(args):
 
         # Log, look at held-out records, save. The means are over the whole optimiser step.
         records, stop = sums.pop("records"), sums.pop("stopped")
-        speed = sums.pop("tokens") / (time.time() - began)
+        seconds, tokens, waited = time.time() - began, sums.pop("tokens"), sums.pop("waited")
         line = {"step": done, **{name: value / records for name, value in sums.items()},
-                "lr": lr, "grad_norm": norm, "records": records, "tokens_per_second": speed}
+                "lr": lr, "grad_norm": norm, "records": records,
+                "tokens_per_second": tokens / seconds, "data_wait": waited / world / seconds}
         if rank == 0:
             if run.held_out and (done % args.sample_every == 0 or done == args.steps):
                 line.update(held_out(run))
