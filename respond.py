@@ -32,8 +32,8 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
-from data import (IMAGES, RESPONSES, Later, Problem, command, encode_prompts, end_token_id,
-                  fingerprint, image_records, load_model, normalise, open_image, prompt_format)
+from data import (IMAGES, RESPONSES, Later, Problem, Records, command, encode_prompts, end_token_id,
+                  fingerprint, image_records, load_model, open_image, prompt_format)
 from tqdm import tqdm
 
 httpx2, jinja2, openai, torch, transformers = map(
@@ -402,7 +402,7 @@ def spread(values):
 def report(args):
     """`python respond.py report`: one self-contained page on which a person can scan records."""
     root, records = image_records(args.data)
-    records = [r | normalise(r, f"{args.data}: record {n}") for n, r in enumerate(records, 1)]
+    records = [given | r for given, r in zip(records, Records(args.data))]
     shown = list(enumerate(records, 1))[::max(1, -(-len(records) // args.limit))]
     what = f"{len(shown):,} of {len(records):,} records"
     page = template("report.html").render(
