@@ -129,6 +129,13 @@ def test_records_keep_their_fields_and_images_without_a_partner_are_left_out(fol
     assert lines(folder / "out.jsonl") == [] and "2 left out" in capsys.readouterr().out
 
 
+def test_texts_that_no_encoding_knows_survive(folder):
+    (folder / "in.jsonl").write_text('{"image": "0.png", "prompt": "\\ud800 é"}')
+    run(folder / "in.jsonl", "--out", folder / "out.jsonl", "--kind", "black")
+    assert lines(folder / "out.jsonl")[0]["prompt"] == "\ud800 é"
+    assert "é" in (folder / "out.jsonl").read_text()
+
+
 def test_ready_pictures_come_through_a_mapping(folder):
     (folder / "edits").mkdir()
     picture(99).save(folder / "edits" / "e.png")
@@ -142,13 +149,16 @@ def test_ready_pictures_come_through_a_mapping(folder):
 def test_errors_name_the_place(folder, capsys):
     (folder / "in.jsonl").write_text('{"image": "0.png"}\n\n{"picture": 1}\n')
     (folder / "gone.jsonl").write_text('{"image": "gone.png"}\n')
+    (folder / "map.jsonl").write_text('{"image": "0.png"}\n')
     (folder / "empty").mkdir()
     out = ["--out", folder / "out.jsonl"]
-    for args, message in [([folder / "in.jsonl", "--kind", "crop"], "in.jsonl: line 3"),
+    for args, message in [([folder / "in.jsonl", "--kind", "crop"], "in.jsonl:3: "),
                           ([folder / "gone.jsonl", "--kind", "crop"], "gone.png: no such image"),
                           ([folder / "none.jsonl", "--kind", "crop"], "No such file"),
                           ([folder / "empty", "--kind", "crop"], "no images"),
-                          ([folder, "--kind", "synthetic"], "synthetic.jsonl: line 0"),
+                          ([folder, "--kind", "synthetic"], "synthetic.jsonl: "),
+                          ([folder, "--kind", "synthetic", "--mapping", folder / "map.jsonl"],
+                           "map.jsonl:1: the field contrast_image"),
                           ([folder, "--encoder", folder / "empty"], "not an image encoder")]:
         run(*args, *out, code=2)
         assert message in capsys.readouterr().err

@@ -60,14 +60,15 @@ def test_published_parquet(tmp_path):
     records = Records(tmp_path / "p.parquet")
     assert [records[i]["prompt"] for i in (6, 0, 3)] == ["Q6?", "Q0?", "Q3?"] and len(records) == 7
     assert data.open_image(records[4]["image"]).getpixel((0, 0)) == (255, 0, 0)
+    assert [record["source"][-6:] for record in records] == [f" row {i}" for i in range(1, 8)]
 
 
 @pytest.mark.parametrize("line, reason", [
     ('{"image": "a.png", "prompt": "Q?"', "not valid JSON"),
     ("[1, 2]", "JSON object"),
     ('{"image": "a.png", "prompt": "Q?"}', "chosen is missing"),
-    ('{"image": "a.png", "prompt": "  ", "chosen": "x"}', "prompt must be non-empty"),
-    ('{"image": "a.png", "prompt": "Q?", "chosen": 3}', "chosen must be non-empty text, not int"),
+    ('{"image": "a.png", "prompt": "  ", "chosen": "x"}', "field prompt: empty, or no text"),
+    ('{"image": "a.png", "prompt": "Q?", "chosen": 3}', "field chosen: empty, or no text: 3"),
     ('{"images": ["a", "b"], "prompt": [{"content": "Q"}], "chosen": [{"content": "A"}]}',
      "2 images"),
 ])
@@ -227,8 +228,10 @@ def test_broken_images_are_named(tmp_path):
         with pytest.raises(Problem, match=reason) as e:
             data.open_image(name, tmp_path)
         assert name in str(e.value)
+    (tmp_path / "inner").mkdir()
+    assert data.open_image("../whole.png", tmp_path / "inner").size == (100, 100)
     with pytest.raises(Problem, match="outside"):
-        data.open_image("../x.png", tmp_path, allow_outside=False)
+        data.open_image("../whole.png", tmp_path / "inner", allow_outside=False)
 
 
 def test_too_long_is_refused_not_cut(prefs, processor):
