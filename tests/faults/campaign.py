@@ -320,11 +320,11 @@ def oracle(body, handler):
     if text.startswith("Below are"):
         return json.dumps({"consistent": ["it is a square"], "inconsistent": ["a dog"]})
     if text.startswith("Write two"):
-        return json.dumps({"preferred": "The picture shows a square, nothing else.",
-                           "dispreferred": "The picture shows a square and a dog."})
+        return json.dumps({"chosen": "The picture shows a square, nothing else.",
+                           "rejected": "The picture shows a square and a dog."})
     if text.startswith("An answer"):
-        return json.dumps({"preferred": "The picture shows a circle, nothing else.", "changes": [
-            {"was": "a square", "is": "a circle"}]})
+        return json.dumps({"contrast_chosen": "The picture shows a circle, nothing else.",
+                           "changes": [{"was": "a square", "is": "a circle"}]})
     return "A plain square with a dog." if body["model"] == "policy" else "A plain square."
 
 
