@@ -193,11 +193,9 @@ def lacks(record, cells):
 
 
 def open_image(source, root=".", allow_outside=True):
-    """An RGB PIL image, upright (EXIF), from a path below root, bytes, or {"bytes", "path"}.
-
+    """An RGB PIL image, upright (EXIF), from a path relative to root, bytes, or {"bytes", "path"}.
     Palette, CMYK, 16-bit and animated (first frame) files are converted, transparency is dropped.
-    Problem naming the file: missing, truncated, above PIL's limit of 179 million pixels, ...
-    """
+    Problem naming the file: missing, truncated, above PIL's limit of 179 million pixels, ..."""
     if isinstance(source, dict):
         source = source.get("bytes") or source.get("path")
     if isinstance(source, bytes):
@@ -223,7 +221,7 @@ def crop(image, rng, keep=CROP):
     return image.crop((x, y, x + w, y + h))
 
 
-# --- models, prompts and tokens --------------------------------------------------------------
+# --- models, prompts, tokens and rows --------------------------------------------------------
 
 
 def load_processor(path):
@@ -350,16 +348,11 @@ def encode_response(processor, fmt, text):
     return processor.tokenizer(text, add_special_tokens=False).input_ids + [end]
 
 
-# --- rows: what the model sees (symmpo.py explains their form) -------------------------------
-
-
 def build_rows(record, processor, fmt, cells, number=0, seed=0, max_length=2048, no_image=False,
                allow_outside=True):
     """A record as rows for symmpo.logp_table: one per image among `cells`, responses behind it.
-
     number: the record's place in the batch; seed: of the crop for a missing contrast image. Problem
-    for a missing field, a bad image, or more than max_length tokens (nothing is ever cut).
-    """
+    for a missing field, a bad image, or more than max_length tokens (nothing is ever cut)."""
     rows, source, missing = [], record["source"], lacks(record, cells)
     with problem_at(source):
         need(not missing, f"the objective needs the field {', '.join(missing)}")
@@ -408,11 +401,9 @@ def moco(image, rng):
 
 
 def embed(files, encoder, cache, batch=64):
-    """(N, d) unit image embeddings in fp32 and (N,) hashes of the images' pixels, in file order.
-
-    A LLaVA's features are averaged over the image tokens. Each batch is kept in the folder `cache`
-    under a hash of encoder and pixels: what is there is not computed again.
-    """
+    """(N, d) unit image embeddings in fp32 and (N,) hashes of the images' pixels, in file order. A
+    LLaVA's features are averaged over the image tokens. Each batch is kept in the folder `cache`
+    under a hash of encoder and pixels: what is there is not computed again."""
     with problem_at(f"{encoder}: not an image encoder (CLIP, SigLIP, LLaVA)", Exception):
         model = transformers.AutoModel.from_pretrained(encoder, trust_remote_code=False).float()
         prepare = transformers.AutoImageProcessor.from_pretrained(encoder, trust_remote_code=False)
@@ -436,10 +427,8 @@ def embed(files, encoder, cache, batch=64):
 
 def neighbours(vectors, labels, max_sim=1.0, block=256):
     """Each row's nearest other row, exactly: indices and cosines (N,), -inf where there is none.
-
     vectors: (N, d) of unit length. labels: integer tensors (N,); rows that share one are none, nor
-    are rows with a cosine above max_sim. Memory beside the vectors: block x N cosines.
-    """
+    are rows with a cosine above max_sim. Memory beside the vectors: block x N cosines."""
     best, index = torch.full((len(vectors),), -torch.inf), torch.zeros(len(vectors), dtype=int)
     for i in tqdm(range(0, len(vectors), block), desc="neighbours", unit=" blocks"):
         cosine = vectors[i:i + block] @ vectors.T
