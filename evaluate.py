@@ -18,7 +18,6 @@ import argparse
 import base64
 import datetime
 import functools
-import hashlib
 import itertools
 import json
 import os
@@ -29,7 +28,7 @@ from pathlib import Path
 from string import Template
 
 import data
-from data import TINY, Later, Problem
+from data import TINY, Later, Problem, need, problem_at
 from tqdm import tqdm
 
 respond, torch = Later("respond"), Later("torch")
@@ -42,26 +41,22 @@ BENCHMARKS = json.loads((BUNDLED / "benchmarks.json").read_text())  # their file
 
 def read(path):
     """A JSON file's value, or the list of values in a JSONL or parquet file."""
-    path, values, place, text = Path(path), [], 0, ""
-    try:
-        if path.suffix == ".parquet":
+    with problem_at(f"{path}: cannot be read", (OSError, ValueError, ImportError)):
+        raw, suffix = Path(path).read_bytes(), Path(path).suffix
+        need(not raw.startswith(b"version https://git-lfs"),
+             f"{path}: a Git LFS pointer, not the file itself; `git lfs pull` fetches it")
+        if suffix == ".parquet":
             import pyarrow.parquet
-            return pyarrow.parquet.read_table(path).to_pylist()
-        text = path.read_text(encoding="utf-8-sig").strip()
-        while place < len(text):
-            value, place = json.JSONDecoder().raw_decode(text, place)
-            values.append(value)
-            place = re.compile(r"\s*").match(text, place).end()
-    except (OSError, ValueError, ImportError) as e:
-        why = ("a Git LFS pointer, not the file itself; `git lfs pull` fetches it"
-               if text.startswith("version https://git-lfs") else f"cannot be read: {e}")
-        raise Problem(f"{path}: {why}") from e
-    lone = len(values) == 1 and (path.suffix != ".jsonl" or isinstance(values[0], list))
-    return values[0] if lone else values
+            return pyarrow.parquet.read_table(pyarrow.BufferReader(raw)).to_pylist()
+        text = raw.decode("utf-8-sig").replace("\r\n", "\n").strip()
+        if text[:1] != "[" and (suffix == ".jsonl" or "}\n{" in text):
+            text = "[" + ",\n".join(filter(str.strip, text.split("\n"))) + "]"
+        return json.loads(text)
 
 
-def write(path, text):
-    """Atomically: a reader never meets half a file."""
+def write(path, value):
+    """A text or a JSON value, atomically: a reader never meets half a file."""
+    text = value if isinstance(value, str) else json.dumps(value, indent=1, ensure_ascii=False)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(f"{path}.part").write_text(text, encoding="utf-8")
     os.replace(f"{path}.part", path)
@@ -69,48 +64,11 @@ def write(path, text):
 
 def find(folder, *names, bundled="."):
     """The first of the named files in the folder, in its data/ or (word lists) in benchmarks/."""
-    for path in [f / n for f in (Path(folder), Path(folder, "data"), BUNDLED / bundled)
-                 for n in names]:
-        if path.is_file():
-            return path
-    raise Problem(f"{folder}: no {' or '.join(names)}; `python evaluate.py fetch-help` says where "
-                  "the files of each benchmark come from")
-
-
-# --- words: what a text mentions -----------------------------------------------------------------
-
-# Penn Treebank tokens as far as dictionary words go: "grass/sky" and "dog-house" stay one token.
-BREAK = re.compile(r"""[\s,;:!?@#$%&*()\[\]{}<>"“”‘’«»„—`]+|--+|\.\.+|''+|'(?:s|m|d|ll|re|ve)\b""",
-                   re.IGNORECASE)
-FUNCTION_WORDS = set("a an the of in on with and or at to for by from near".split())
-
-
-def words(text):
-    return [word.strip(".'") for word in BREAK.split(text) if word.strip(".'")]
-
-
-def lemma_reader(benchmark, folder, nouns_only):
-    """(function: text -> lemmas of its tokens, or of its nouns where a tagger is there, name)."""
-    try:
-        import nltk
-        lemma, tag = nltk.stem.WordNetLemmatizer().lemmatize, nltk.pos_tag
-        lemma("dogs"), tag(nltk.word_tokenize("a dog"))
-    except (ImportError, LookupError, OSError):  # not installed, or its data is not
-        table = read(find(folder, "lemma_table.json", bundled=benchmark))
-        return (lambda text: [table.get(w, w) for w in words(text)]), "lemma table, no tagger"
-    if nouns_only:
-        return (lambda text: [lemma(w) for w, t in tag(nltk.word_tokenize(text)) if t[:2] == "NN"]
-                ), "NLTK tagger and lemmas"
-    return (lambda text: [lemma(w) for w in nltk.word_tokenize(text)]), "NLTK lemmas"
-
-
-def spacy_model(name):
-    """A spaCy pipeline, or None where spaCy or the pipeline is not installed."""
-    try:
-        import spacy
-        return spacy.load(name)
-    except (ImportError, OSError):
-        return None
+    for place in (folder, f"{folder}/data", BUNDLED / bundled):
+        for name in names:
+            if Path(place, name).is_file():
+                return Path(place, name)
+    raise Problem(f"{folder}: no {' or '.join(names)}; `evaluate.py fetch-help` says what to get")
 
 
 # --- scoring: a function a benchmark, answers -> (metrics, how the texts were read) --------------
@@ -125,30 +83,28 @@ def score(benchmark, answers, folder, judgements=None, protocol="symmpo", dimens
     Problem where the official scorer crashes and no correct number exists.
     """
     spec = BENCHMARKS[benchmark]
-    if not isinstance(answers, list) or not answers:
-        raise Problem("there are no answers: give a JSON list, or JSONL")
+    need(isinstance(answers, list) and answers, "no answers: they are a JSON list, or JSONL")
     for number, row in enumerate(answers, 1):
         for name in spec["fields"]:
             kind = str if name == spec["answer"] else (str, int)
-            if not isinstance(row, dict) or not isinstance(row.get(name), kind):
-                raise Problem(f"answer {number}: the field {name} is missing or of a wrong type")
+            need(isinstance(row, dict) and isinstance(row.get(name), kind),
+                 f"answer {number}: the field {name} is missing or of a wrong type")
     if judgements is not None:
-        judgements = judge_texts(judgements, len(answers))
+        judgements = [judge_text(reply) for reply in judgements]
+        need(len(judgements) == len(answers),
+             f"{len(judgements)} judgements for {len(answers)} answers")
     metrics, reading = SCORERS[benchmark](answers, folder=folder, judgements=judgements,
                                           protocol=protocol, dimension=dimension, similar=similar)
     return {"benchmark": benchmark, "protocol": protocol, "n": len(answers), "reading": reading,
             "metrics": metrics}
 
 
-def judge_texts(replies, count):
-    """Raw judge texts out of strings, chat completion objects, or lines of judgements.jsonl."""
-    if len(replies) != count:
-        raise Problem(f"{len(replies)} judgements for {count} answers: one an answer, in order")
-    try:
-        return [(r if not isinstance(r, dict) else r["text"] if "text" in r else
-                 r["choices"][0]["message"]["content"]) or "" for r in replies]
-    except (LookupError, TypeError) as e:
-        raise Problem("judgements must be texts or chat completion objects") from e
+def judge_text(reply):
+    """The raw text of a judge's reply: itself, a chat completion, a line of judgements.jsonl."""
+    with problem_at("judgements are texts or chat completions", (LookupError, TypeError)):
+        if isinstance(reply, dict):
+            reply = reply["text"] if "text" in reply else reply["choices"][0]["message"]["content"]
+        return (reply or "") + ""
 
 
 def score_hallusionbench(answers, judgements, **_):
@@ -156,46 +112,40 @@ def score_hallusionbench(answers, judgements, **_):
 
     Without a judge, the first yes or no of the prediction is compared with gt_answer.
     """
-    right, questions, figures = {}, defaultdict(list), defaultdict(list)
-    for number, row in enumerate(answers):
+    keys = [tuple(str(row[name]) for name in BENCHMARKS["hallusionbench"]["fields"][1:6])
+            for row in answers]
+    groups, metrics = defaultdict(list), {}
+    for number, (row, key) in enumerate(zip(answers, keys)):
+        *place, figure, question = key
+        need(keys.count(key) == 1 and (*place, "0", question) in keys,
+             f"question {'/'.join(key)}: a second one, or none like it of figure 0")
+        unseen = place[0] == "VS" and figure == "0"  # asked without an image: unsure is right
         if judgements is not None:
             reply = judgements[number].lower()
-            verdict = 0 if "incorrect" in reply else 1 if "correct" in reply else 2
+            right = "incorrect" not in reply if "correct" in reply else unseen
         else:
             said = re.search(r"\b(yes|no)\b", row["model_prediction"].lower())
-            verdict = int((said[1] == "yes") == (str(row["gt_answer"]) == "1")) if said else 2
-        *group, figure, question = key = tuple(str(row[k]) for k in (
-            "category", "subcategory", "set_id", "figure_id", "question_id"))
-        if key in right:
-            raise Problem(f"answer {number + 1}: a second one to the question {'/'.join(key)}")
-        no_figure = group[0] == "VS" and figure == "0"  # asked without an image: unsure is right
-        right[key] = verdict == 1 or verdict == 2 and no_figure
-        questions[*group, question].append(right[key])
-        if not no_figure:
-            figures[*group, figure].append(right[key])
-    alone = [key for key in right if (*key[:3], "0", key[4]) not in right]
-    if alone or not figures:
-        raise Problem(f"{'/'.join(alone[0]) if alone else 'the answers'}: nothing about figure 0 "
-                      "(or none about a figure); questions count in groups, so answer whole sets")
-    groups = {"qAcc": [all(oks) for oks in questions.values()],
-              "fAcc": [all(oks) for oks in figures.values()], "aAcc": list(right.values())}
-    return ({name: round(100 * sum(oks) / len(oks), 4) for name, oks in groups.items()},
-            "judge" if judgements is not None else "no judge: first yes/no")
+            right = (said[1] == "yes") == (str(row["gt_answer"]) == "1") if said else unseen
+        groups["aAcc", key].append(right)
+        groups["qAcc", *place, question].append(right)
+        groups["unseen" if unseen else "fAcc", *place, figure].append(right)
+    for name in ("qAcc", "fAcc", "aAcc"):
+        found = [all(rights) for (measure, *_), rights in groups.items() if measure == name]
+        need(found, f"there are no answers about figures: no {name}")
+        metrics[name] = round(100 * sum(found) / len(found), 4)
+    return metrics, "no judge: first yes/no" if judgements is None else "judge"
 
 
 def score_mmhal(answers, judgements, protocol, **_):
     """Mean rating (0-6), ratings below 3 (percent), mean rating of each of the 8 types."""
-    if judgements is None:
-        raise Problem("MMHal-Bench has no judge-free reading: give --judgements, or a judge with "
-                      "--judge-url and --judge-model")
-    if len(answers) != 96:
-        raise Problem(f"{len(answers)} answers; MMHal-Bench has 96 questions")
+    need(judgements and len(answers) == 96, f"MMHal-Bench has 96 questions and no judge-free "
+         f"reading; here are {len(answers)} answers, {len(judgements or [])} judgements")
     ratings = []
     for text in map(str.lower, judgements):
-        found = [s for s in range(7) if f"rating: {s}" in text]
+        found = set(re.findall("rating: ([0-6])", text))
         if not found and protocol == "symmpo":
-            found = [s for s in range(7) if re.search(f"rating: ?\n{s}", text)]
-        ratings.append(found[0] if len(found) == 1 else 0)
+            found = set(re.findall("rating: ?\n([0-6])", text))
+        ratings.append(int(found.pop()) if len(found) == 1 else 0)
     return {"score": sum(ratings) / 96,
             "hallucination_rate": 100 * sum(s < 3 for s in ratings) / 96,
             "score_per_type": [sum(ratings[i::8]) / 12 for i in range(8)]}, "judge"
@@ -206,68 +156,62 @@ def score_mmstar(answers, folder, protocol, **_):
     def keys(row):
         return "overall", row["category"], f"{row['category']}({row['l2_category']})"
 
-    right, count, spec = Counter(), Counter(), BENCHMARKS["mmstar"]
+    right, count, size = Counter(), Counter(), BENCHMARKS["mmstar"]["sizes"]
     for row in answers:
-        answer, text = (str(row[k]).lower().strip().replace("\n", " ")
-                        for k in ("answer", "prediction"))
+        answer, text = (str(row[name]).lower().strip().replace("\n", " ")
+                        for name in ("answer", "prediction"))
         if protocol == "symmpo":
             text = next((c for c in text if c in "abcd"), "a")
-        start = next((len(s) for s in ("(", "option ", "the answer is ") if text.startswith(s)), 0)
+        letter = re.match(r"(?:\(|option |the answer is )?(.?)", text)[1]
         count.update(keys(row))
-        right.update(keys(row) * (text != "" and answer in (text[0], text[start:start + 1])))
-    own = [path for name in spec["questions"] if (path := Path(folder, name)).is_file()]
-    size = Counter(key for row in read(own[0]) for key in keys(row)) if own else spec["sizes"]
-    odd = sorted(count.keys() ^ size.keys())
-    if odd:
-        raise Problem(f"MMStar: no answers in {odd[0]}, or no such category; all are needed")
+        if text and answer in (text[0], letter):
+            right.update(keys(row))
+    for name in BENCHMARKS["mmstar"]["questions"]:  # perhaps not as many as the published ones
+        if Path(folder, name).is_file():
+            size = Counter(key for row in read(Path(folder, name)) for key in keys(row))
+    for key in sorted(count.keys() ^ size.keys()):
+        raise Problem(f"MMStar: no answers in {key}, or no such category; all are needed")
     return ({key: 100 * right[key] / (count if "(" in key else size)[key] for key in size},
             "first letter a-d" if protocol == "symmpo" else "letter in place")
 
 
-def score_amber(answers, folder, protocol="symmpo", dimension="a", similar=None, **_):
+def score_amber(answers, folder, protocol, dimension, similar, **_):
     """CHAIR, Cover, Hal, Cog of captions; Accuracy, Precision, Recall, F1 of yes/no (percent).
 
     The positive class is "no". As officially, every denominator starts at 0.001 and F1 is made
     of the rounded precision and recall.
     """
     notes, relation = (read(find(folder, f"{n}.json")) for n in ("annotations", "relation"))
-    safe = set(find(folder, "safe_words.txt").read_text(encoding="utf-8").split("\n"))
-    nouns, reading = lemma_reader("amber", folder, nouns_only=True)
-    alike, likeness = similarity(similar)
-    types, parts = BENCHMARKS["amber"]["types"], BENCHMARKS["amber"]["parts"]
+    safe = find(folder, "safe_words.txt").read_text(encoding="utf-8").split("\n")
     vocabulary = {word for name, others in relation.items() for word in (name, *others)}
-    count = defaultdict(Counter)
+    (tokens, reading), (alike, likeness) = token_reader("amber", folder), similarity(similar)
+    spec, above, below, metrics = BENCHMARKS["amber"], Counter(), Counter(), {}
     for number, row in enumerate(answers, 1):
-        if not isinstance(row["id"], int) or not 0 < row["id"] <= len(notes):
-            raise Problem(f"answer {number}: AMBER has no question with the id {row['id']}")
+        need(isinstance(row["id"], int) and 0 < row["id"] <= len(notes),
+             f"answer {number}: AMBER has no question with the id {row['id']}")
         note, text = notes[row["id"] - 1], row["response"]
-        part = types[note["type"]]
-        if part == "generative":
-            mentioned = [noun for noun in nouns(text) if noun in vocabulary]
-            count[part].update(caption_counts(mentioned, note, relation, safe, alike))
-            continue
-        said, truth = yes_or_no(text) if protocol == "symmpo" else text, note["truth"].capitalize()
-        for whole in {"discriminative", part, "attribute" if part in parts["da"] else part}:
-            count[whole].update({"n": 1, "right": said == truth, "no": truth == "No",
-                                 "said no": said == "No", "hit": said == truth == "No"})
-
-    def share(part, above, below):
-        epsilon = 0.003 if part == "attribute" else 0.001  # attribute sums three denominators
-        return round(count[part][above] / (count[part][below] + epsilon) * 100, 1)
-
-    metrics = {}
-    for part in parts[dimension]:
-        if part == "generative":
-            clean = count[part]["clean"] / (count[part]["n"] + 0.001) * 100
-            metrics[part] = {"CHAIR": share(part, "wrong", "nouns"),
-                             "Cover": share(part, "covered", "truth"),
-                             "Hal": round(100 - clean, 1), "Cog": share(part, "marked", "hallu")}
+        if note["type"] == "generative":
+            nouns = [lemma for lemma, noun in tokens(text) if noun and lemma in vocabulary]
+            counts = caption_counts(nouns, note, relation, safe, alike)
         else:
-            precision, recall = share(part, "hit", "said no"), share(part, "hit", "no")
-            p, r, epsilon = precision / 100, recall / 100, 0.001 if part == "existence" else 1e-4
-            metrics[part] = {"Accuracy": share(part, "right", "n"), "Precision": precision,
-                             "Recall": recall, "F1": round(2 * p * r / (p + r + epsilon) * 100, 1)}
-    return metrics, f"{reading}; similarity: {likeness}" if count["generative"] else protocol
+            said, truth = yes_or_no(text) if protocol == "symmpo" else text, note["truth"].title()
+            hit = said == truth == "No"
+            counts = {"Accuracy": (said == truth, 1), "Precision": (hit, said == "No"),
+                      "Recall": (hit, truth == "No")}
+        for part, name in itertools.product(spec["types"][note["type"]], counts):
+            above[part, name] += counts[name][0]
+            below[part, name] += counts[name][1]
+    above["generative", "Hal"] += 0.001  # so it is 100 - the share of captions without
+    for part in spec["parts"][dimension]:
+        few = 0.003 if part == "attribute" else 0.001  # attribute sums three denominators
+        found = {name: round(above[part, name] / (below[part, name] + few) * 100, 1)
+                 for name in spec["measures"][part]}
+        if part != "generative":
+            p, r = found["Precision"] / 100, found["Recall"] / 100
+            few = 0.001 if part == "existence" else 0.0001
+            found["F1"] = round(2 * p * r / (p + r + few) * 100, 1)
+        metrics[part] = found
+    return metrics, f"{reading}; similarity: {likeness}" if below["generative", "Hal"] else protocol
 
 
 def yes_or_no(text):
@@ -279,27 +223,25 @@ def yes_or_no(text):
     return text
 
 
-def caption_counts(mentioned, note, relation, safe, alike):
-    """What one caption adds to AMBER's counts."""
-    def owner(noun, objects, match):
-        """{number of the first object that the noun stands for}: by an association, by its name."""
-        names = [(n, i) for i, o in enumerate(objects) for n in relation.get(o, [])]
-        names += [(o, i) for i, o in enumerate(objects)]
-        return set([i for name, i in names if match(noun, name)][:1])
+def caption_counts(nouns, note, relation, safe, alike):
+    """What the nouns of a caption add to the two sides of each of AMBER's ratios."""
+    def stands_for(noun, objects, match):
+        """{the first object that the noun matches}: one of its associations, or else its name."""
+        names = [(word, o) for o in objects for word in relation.get(o, [])]
+        return set([o for word, o in names + list(zip(objects, objects)) if match(noun, word)][:1])
 
-    covered, marked, wrong = set(), set(), 0
-    for noun in mentioned:
-        found = owner(noun, note["truth"], str.__eq__)
+    truth, hallu, covered, marked, wrong = note["truth"], note["hallu"], set(), set(), 0
+    for noun in nouns:
         if noun in safe:
             continue
+        found = stands_for(noun, truth, str.__eq__)
         if not found:
-            marked |= owner(noun, note["hallu"], str.__eq__) | owner(noun, note["hallu"], alike)
-            found = owner(noun, note["truth"], alike)
+            marked |= stands_for(noun, hallu, str.__eq__) | stands_for(noun, hallu, alike)
+            found = stands_for(noun, truth, alike)
         covered |= found
         wrong += not found
-    return {"n": 1, "nouns": len(mentioned), "wrong": wrong, "clean": wrong == 0,
-            "covered": len(covered), "truth": len(note["truth"]),
-            "marked": len(marked), "hallu": len(note["hallu"])}
+    return {"CHAIR": (wrong, len(nouns)), "Cover": (len(covered), len(truth)),
+            "Hal": (wrong > 0, 1), "Cog": (len(marked), len(hallu))}
 
 
 def similarity(pairs):
@@ -307,11 +249,12 @@ def similarity(pairs):
     if pairs is not None:
         alike = {frozenset(pair[:2]) for pair in pairs}
         return lambda a, b: a == b or frozenset((a, b)) in alike, "table of pairs"
-    nlp = spacy_model("en_core_web_lg")
-    if nlp is None:
+    try:
+        import spacy
+        nlp = functools.cache(spacy.load("en_core_web_lg"))
+        return functools.cache(lambda a, b: nlp(a).similarity(nlp(b)) > 0.8), "en_core_web_lg"
+    except (ImportError, OSError):
         return str.__eq__, "equal words only"
-    nlp = functools.cache(nlp)
-    return functools.cache(lambda a, b: nlp(a).similarity(nlp(b)) > 0.8), "en_core_web_lg"
 
 
 def score_objhal(answers, folder, judgements, **_):
@@ -324,55 +267,53 @@ def score_objhal(answers, folder, judgements, **_):
     lines = [[word.strip() for word in line.split(",")] for line in text.strip().split("\n")]
     node = {word: line[0] for line in lines for word in line}  # word -> the COCO object it names
     doubles = {word: word for word in node if " " in word} | read(BUNDLED / "objhal/doubles.json")
-    lemmas, reading = lemma_reader("objhal", folder, nouns_only=False)
+    tokens, reading = token_reader("objhal", folder)
 
-    def mentions(objects):
-        seat = "toilet" in objects  # then a seat is no chair
-        return [node[o] for o in objects if o in node and not (seat and o == "seat")]
+    def mentions(words):
+        return [node[word] for word in words
+                if word in node and not (word == "seat" and "toilet" in words)]
 
     def parse(text):
-        return mentions(merge(lemmas(text.lower()), doubles))
+        return mentions(names(tokens(text.lower()), doubles))
 
-    texts = [row["text"].replace("Assistant:", "").strip() for row in answers]
     if judgements is None:
-        found, reading = [parse(text) for text in texts], f"no judge: caption mode, {reading}"
+        found = [parse(row["text"].replace("Assistant:", "")) for row in answers]
+        reading = f"no judge: caption mode, {reading}"
     else:
-        nlp, name = spacy_model("en_core_web_trf"), "spacy_noun_lemma_table.json"
-        table = read(find(folder, name, bundled="objhal"))
-        try:
-            lists = [[] if short(text) else object_list(reply)
-                     for text, reply in zip(texts, judgements)]
-        except ValueError as e:
-            raise Problem(f"a judgement is {e}; judge again") from e
-        found = [mentions(list(dict.fromkeys(o for phrase in phrases for o in phrase_objects(
-            phrase, doubles, table, nlp)))) for phrases in lists]
-        reading = f"judge; {'en_core_web_trf' if nlp else 'lemma table, no tagger'}"
-    if not any(found):
-        raise Problem("no answer names any COCO object: there is nothing to score")
+        phrase_tokens, reading = token_reader("objhal", folder, phrases=True)
+        found, reading = [], f"judge; {reading}"
+        for row, reply in zip(answers, judgements):
+            with problem_at("a judgement cannot be read, judge again", ValueError):
+                phrases = map(phrase_tokens, object_list("[]" if short(row) else reply))
+            listed = [name for phrase in phrases for name in names(phrase, doubles, True)]
+            found.append(mentions(dict.fromkeys(listed)))  # each name counts once
+    need(any(found), "no answer names any COCO object: there is nothing to score")
     truth = true_objects(folder, {int(row["image_id"]) for row in answers}, node, parse)
-    wrong = [sum(o not in truth[int(row["image_id"])] for o in objects)
-             for row, objects in zip(answers, found)]
+    wrong = [sum(name not in truth[int(row["image_id"])] for name in mentioned)
+             for row, mentioned in zip(answers, found)]
     return {"response_hallucination": 100 * sum(map(bool, wrong)) / sum(map(bool, found)),
             "mention_hallucination": 100 * sum(wrong) / sum(map(len, found))}, reading
 
 
-def short(text):
+def names(tokens, doubles, phrase=False):
+    """The tokens' lemmas, two-word names merged from left to right. Of a phrase of the judge's,
+    the two-word names alone or, if it has none, its runs of nouns."""
+    lemmas, merged = [lemma for lemma, _ in tokens], []
+    while lemmas:
+        double = doubles.get(" ".join(lemmas[:2]))
+        merged += [double] if double else lemmas[:1] * (not phrase)
+        del lemmas[:2 if double else 1]
+    runs = itertools.groupby(tokens, key=lambda token: token[1])
+    return merged or [" ".join(lemma for lemma, _ in run) for noun, run in runs if noun]
+
+
+def short(row):
     """Is the answer too short to list objects? Then the judge is not asked."""
-    return len(text.replace("Assistant:", "").split()) <= 3
-
-
-def merge(lemmas, doubles, keep=True):
-    """The words with two-word names merged, left to right; keep=False: only those names."""
-    merged, i = [], 0
-    while i < len(lemmas):
-        name = doubles.get(" ".join(lemmas[i:i + 2]))
-        merged += [name] if name else lemmas[i:i + 1] * keep
-        i += 2 if name else 1
-    return merged
+    return len(row["text"].replace("Assistant:", "").split()) <= 3
 
 
 def object_list(reply):
-    """The phrases in the judge's JSON list, which is the reply or its last line, or ValueError."""
+    """The phrases in the judge's JSON list, which is the reply or its last line."""
     for text in [reply] + [reply.strip().split("\n")[-1]] * ('["' in reply):
         try:
             return [phrase + "" for phrase in json.loads(text)]
@@ -381,177 +322,177 @@ def object_list(reply):
     raise ValueError(f"not a JSON list of objects: {reply[:80]!r}")
 
 
-def phrase_objects(phrase, doubles, table, nlp):
-    """A phrase of the judge's list as its two-word names or, if it has none, its runs of nouns.
-
-    Without spaCy a noun is a word of the table, or the last one before a function word.
-    """
-    if nlp:
-        tokens = [(t.lemma_, t.tag_ in ("NN", "NNS", "NNP", "NNPS")) for t in nlp(f"a {phrase}")]
-    else:
-        text = words(phrase.lower())
-        last = [after in FUNCTION_WORDS for after in text[1:]] + [True]
-        tokens = [(table.get(w, w), w not in FUNCTION_WORDS and (w in table or end))
-                  for w, end in zip(text, last)]
-    runs = " ".join(lemma if noun else "\n" for lemma, noun in tokens).split("\n")
-    return (merge([lemma for lemma, _ in tokens], doubles, keep=False)
-            or [run.strip() for run in runs if run.strip()])
-
-
 def true_objects(folder, ids, node, parse):
     """{image id: its objects} from gt_objects*.json, else from COCO 2014's annotations."""
     given, truth = sorted(Path(folder).glob("gt_objects*.json")), defaultdict(set)
-    if given:
-        truth |= {int(i): {node.get(o, o) for o in objects}
-                  for i, objects in read(given[0]).items()}
-    for kind, split in () if given else itertools.product(("instances", "captions"),
-                                                          ("train", "val")):
-        name = f"{kind}_{split}2014.json"
-        coco = read(find(folder, name, f"annotations/{name}"))
+    for image, objects in read(given[0]).items() if given else ():
+        truth[int(image)] = {node.get(o, o) for o in objects}
+    for name in () if given else BENCHMARKS["objhal"]["needs"][1:]:
+        coco = read(find(folder, name, Path(name).name))
         category = {c["id"]: node[c["name"]] for c in coco.get("categories", [])}
         for note in coco["annotations"]:
             if note["image_id"] in ids:
-                truth[note["image_id"]].update(parse(note["caption"]) if kind == "captions"
-                                               else [category[note["category_id"]]])
-    if ids - truth.keys():
-        raise Problem(f"{folder}: nothing says what is in image {min(ids - truth.keys())}")
+                truth[note["image_id"]].update([category[note["category_id"]]] if category
+                                               else parse(note["caption"]))
+    for image in ids - truth.keys():
+        raise Problem(f"{folder}: nothing says what is in image {image}")
     return truth
 
 
 SCORERS = {"hallusionbench": score_hallusionbench, "objhal": score_objhal, "mmhal": score_mmhal,
            "amber": score_amber, "mmstar": score_mmstar}
 
+# --- words ---------------------------------------------------------------------------------------
+
+# Penn Treebank tokens as far as dictionary words go: "grass/sky" and "dog-house" stay one token.
+BREAK = re.compile(r"""[\s,;:!?@#$%&*()\[\]{}<>"“”‘’«»„—`]+|--+|\.\.+|''+|'(?:s|m|d|ll|re|ve)\b""",
+                   re.IGNORECASE)
+FUNCTION_WORDS = set("a an the of in on with and or at to for by from near".split())
+
+
+def token_reader(benchmark, folder, phrases=False):
+    """(function: text -> [(lemma, is it a noun?)] of its tokens, what reads them).
+
+    NLTK, for phrases spaCy, where installed with their data. Else a lemma table: then any word may
+    be a noun; of a phrase, a word of the table or one that ends it or precedes a function word.
+    """
+    try:
+        if phrases:
+            import spacy
+            nlp = spacy.load("en_core_web_trf")
+            return (lambda text: [(token.lemma_, token.tag_.startswith("NN"))
+                                  for token in nlp(f"a {text}")]), "en_core_web_trf"
+        import nltk
+        lemma, tag = nltk.stem.WordNetLemmatizer().lemmatize, nltk.pos_tag
+        lemma("dogs"), tag(nltk.word_tokenize("a dog"))  # LookupError without their data
+        return (lambda text: [(lemma(word), name.startswith("NN")) for word, name
+                              in tag(nltk.word_tokenize(text))]), "NLTK tagger and lemmas"
+    except (ImportError, LookupError, OSError):
+        name = "spacy_noun_lemma_table.json" if phrases else "lemma_table.json"
+        table = read(find(folder, name, bundled=benchmark))
+
+    def tokens(text):
+        split = BREAK.split(text.lower() if phrases else text)
+        words = [*filter(None, (word.strip(".'") for word in split)), "of"]
+        return [(table.get(word, word), word not in FUNCTION_WORDS and (
+                    not phrases or word in table or after in FUNCTION_WORDS))
+                for word, after in itertools.pairwise(words)]
+    return tokens, "lemma table, no tagger"
+
 
 # --- generating ----------------------------------------------------------------------------------
 
 
-def questions(benchmark, folder, protocol="symmpo", dimension="a"):
+def questions(benchmark, folder, protocol="symmpo", dimension="a", allow_outside=False):
     """[(prompt, image or None, answer record without the answer)]: what the model is asked."""
     spec, items = BENCHMARKS[benchmark], []
-    rows = read(find(folder, *spec["questions"]))
+    rows, suffix = read(find(folder, *spec["questions"])), spec.get("suffix", {}).get(protocol, "")
     if len(rows) != spec["items"]:
-        print(f"note: {len(rows):,} questions in {folder}; {benchmark} as published has "
-              f"{spec['items']:,}", file=sys.stderr)
+        print(f"note: {len(rows)} questions in {folder}; {benchmark} as published has "
+              f"{spec['items']}", file=sys.stderr)
     if benchmark == "amber":
-        types = [spec["types"][note["type"]] for note in read(find(folder, "annotations.json"))]
-        rows = [row for row in rows if types[row["id"] - 1] in spec["parts"][dimension]]
+        notes, wanted = read(find(folder, "annotations.json")), set(spec["parts"][dimension])
+        rows = [row for row in rows if wanted & set(spec["types"][notes[row["id"] - 1]["type"]])]
     for row in rows:
         image = row.get("image") or row.get("filename") or row.get("image_src")
-        if isinstance(image, str):
-            image = picture(image, folder, spec["images"])
-        if image is None and row.get("visual_input") != "0":  # HallusionBench's without an image
-            raise Problem(f"{folder}: no image belongs to the question {row[spec['prompt']]!r}")
-        items.append((row[spec["prompt"]] + spec.get("suffix", {}).get(protocol, ""), image,
-                      {key: value for key, value in row.items() if key != "image"}))
+        if isinstance(image, dict):
+            image = image.get("bytes") or image.get("path")
+        if isinstance(image, str) and "." in image:
+            image = image_file(folder, spec["images"], image, allow_outside)
+        elif isinstance(image, str):
+            image = base64.b64decode(image)
+        need(image or row.get("visual_input") == "0",  # HallusionBench's questions without one
+             f"{folder}: no image belongs to the question {row[spec['prompt']]!r}")
+        record = {key: value for key, value in row.items() if key != "image"}
+        items.append((row[spec["prompt"]] + suffix, image, record))
     return items
 
 
-def picture(image, folder, subfolder):
-    """What data.open_image takes: for a file name, a web address (saved by its name) or base64."""
-    if len(image) < 256:
-        name = image.rpartition("/")[2] if "://" in image else image
-        for path in (Path(folder, name), Path(folder, subfolder, name)):
-            if path.is_file():
-                return str(path)
-    try:
-        return base64.b64decode(image, validate=True)
-    except ValueError as e:
-        raise Problem(f"{folder}: no image {image[:99]}; `python evaluate.py fetch-help` says "
-                      "where the images come from") from e
+@functools.cache
+def image_file(folder, subfolder, name, allow_outside):
+    """The path of an image given by its path or web address, when it can be opened: a broken one
+    is an error before the model is loaded."""
+    name = name.rpartition("/")[2] if "://" in name else name
+    path = find(folder, name, f"{subfolder}/{name}")
+    data.open_image(os.path.relpath(path, folder), folder, allow_outside)
+    return str(path)
 
 
 def answer(model, processor, fmt, items, batch_size=16, seed=0, first=0, **decoding):
     """Yields the model's text for each item of `questions` from number `first` on, in order; keeps
     none of them. Batches and seeds do not depend on `first`, so texts do not either."""
-    with tqdm(total=len(items), unit=" items", desc="answering") as bar:
-        for seen, group in itertools.groupby(items, key=lambda item: item[1] is not None):
-            while batch := list(itertools.islice(group, batch_size)):
-                if bar.n + len(batch) > first:
-                    prompts, images, _ = zip(*batch)
-                    torch.manual_seed(seed + bar.n)
-                    texts = respond.generate_batch(model, processor, fmt, prompts, [
-                        data.open_image(image) for image in images] if seen else None, **decoding)
-                    yield from texts[max(0, first - bar.n):]
-                bar.update(len(batch))
+    bar, start = tqdm(total=len(items), unit=" items", desc="answering"), 0
+    for seen, group in itertools.groupby(items, key=lambda item: item[1] is not None):
+        while batch := list(itertools.islice(group, batch_size)):
+            if start + len(batch) > first:
+                prompts, images, _ = zip(*batch)
+                images = list(map(data.open_image, images)) if seen else None
+                torch.manual_seed(seed + start)
+                texts = respond.generate_batch(model, processor, fmt, prompts, images, **decoding)
+                yield from texts[max(0, first - start):]
+            start += len(batch)
+            bar.update(len(batch))
+    bar.close()
 
 
-def measure(model, processor, fmt, folder, benchmark="amber", protocol="symmpo", dimension="a",
-            **decoding):
-    """Generate and score in memory, without a file: what `score` returns."""
-    field = BENCHMARKS[benchmark]["answer"]
-    items = questions(benchmark, folder, protocol, dimension)
-    texts = answer(model, processor, fmt, items, **decoding)
-    answers = [{**record, field: text} for text, (*_, record) in zip(texts, items)]
-    return score(benchmark, answers, folder, protocol=protocol, dimension=dimension)
-
-
-def ask_server(items, first, log, args):
-    """As `answer`, from an OpenAI-compatible server; first: the number of the first item."""
-    requests = [(n, functools.partial(respond.chat, prompt, image))
-                for n, (prompt, image, _) in enumerate(items, first)]
+def ask_server(args, items, first, log):
+    """As `answer`, from an OpenAI-compatible server."""
+    requests = [(number, functools.partial(respond.chat, prompt, image))
+                for number, (prompt, image, _) in enumerate(items) if number >= first]
     return respond.ask_in_order(
         requests, log, base_url=args.server, model=args.model, desc="answering",
         temperature=args.temperature, max_tokens=args.max_new_tokens)
 
 
-def fingerprint(folder):
-    """A hash of the files of a model or adapter, or of the name of one that is no folder."""
-    digest = hashlib.sha256(str(folder).encode() if not Path(folder).is_dir() else b"")
-    for path in sorted(p for p in Path(folder).glob("*") if p.is_file()):
-        with open(path, "rb") as f:
-            digest.update(path.name.encode() + hashlib.file_digest(f, "sha256").digest())
-    return digest.hexdigest()[:16]
+def measure(model, processor, fmt, folder, benchmark="amber", protocol="symmpo", dimension="a",
+            **decoding):
+    """Generate and score in memory, without a file: what `score` returns."""
+    items = questions(benchmark, folder, protocol, dimension)
+    texts = answer(model, processor, fmt, items, **decoding)
+    answers = [{**record, BENCHMARKS[benchmark]["answer"]: text}
+               for text, (*_, record) in zip(texts, items)]
+    return score(benchmark, answers, folder, protocol=protocol, dimension=dimension)
 
 
 # --- commands ------------------------------------------------------------------------------------
 
 
-def models(args):
-    """(adapter or None, model, processor) of each row, from one load of the model."""
-    if args.server:
-        yield None, None, None
-        return
-    for adapter in args.adapter:
-        if not Path(adapter, "adapter_config.json").is_file():
-            raise Problem(f"{adapter}: no PEFT adapter in there (adapter_config.json is missing)")
-    model, processor = data.load_model(args.model, "cuda" if torch.cuda.is_available() else "cpu")
-    if len(args.adapter) != 1:
-        yield None, model, processor
-    for adapter in args.adapter:
-        tuned = data.load_adapter(model, adapter)
-        yield adapter, tuned, processor
-        model = tuned.unload()
-
-
 def generate(args):
-    """Writes answers.jsonl, item by item; yields its folder, one a row when there are several."""
-    items = questions(args.benchmark, args.data, args.protocol, args.dimension)
-    asked = hashlib.sha256(json.dumps([(item[0], item[2]) for item in items]).encode()).hexdigest()
-    decoding = {name: getattr(args, name) for name in ("max_new_tokens", "beams", "temperature")}
-    model_hash, field = fingerprint(args.model), BENCHMARKS[args.benchmark]["answer"]
-    for adapter, model, processor in models(args):
+    """Writes answers.jsonl, item by item, for each row from one load of the model; the files."""
+    for adapter in args.adapter:
+        need(Path(adapter, "adapter_config.json").is_file() and not args.server,
+             f"{adapter}: no PEFT adapter in there, or a --server is to answer")
+    items = questions(args.benchmark, args.data, args.protocol, args.dimension, args.allow_outside)
+    asked = respond.digest([(prompt, record) for prompt, _, record in items])[:16]
+    decoding = {"max_new_tokens": args.max_new_tokens, "beams": args.beams,
+                "temperature": args.temperature, "seed": args.seed}
+    items, field, paths = items[:args.limit], BENCHMARKS[args.benchmark]["answer"], []
+    if args.server:
+        base, processor, fmt, base_hash = None, None, "server", None
+    else:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        base, processor = data.load_model(args.model, device)
+        fmt, base_hash = data.prompt_format(base, args.prompt_format), data.fingerprint(base)
+    for adapter in args.adapter if len(args.adapter) == 1 else [None, *args.adapter]:
+        model = data.load_adapter(base, adapter) if adapter else base
         name = "-".join(Path(adapter or args.model).resolve().parts[-2:])
+        settings = {"name": name, "model": args.model, "model_hash": base_hash, "adapter": adapter,
+                    "adapter_hash": adapter and data.fingerprint(model), "server": args.server,
+                    "prompt_format": fmt, "questions": asked, "decoding": decoding}
         path = Path(args.out, name if len(args.adapter) > 1 else "", "answers.jsonl")
-        fmt = "server" if args.server else data.prompt_format(model, args.prompt_format)
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = data.lock(path.parent)
-        done = answered(path, {
-            "name": name, "model": args.model, "model_hash": model_hash, "adapter": adapter,
-            "adapter_hash": adapter and fingerprint(adapter), "server": args.server,
-            "prompt_format": fmt, "questions": asked[:16],
-            "decoding": {**decoding, "seed": args.seed}})
-        todo = items[done:args.limit]
-        if args.server:
-            texts = ask_server(todo, done, path.with_name(f"replies-{asked[:8]}.jsonl"), args)
-        else:
-            texts = answer(model, processor, fmt, items[:args.limit], args.batch_size, args.seed,
-                            done, **decoding)
-        with open(path, "a", encoding="utf-8") as f:
-            for text, (*_, record) in zip(texts, todo):
-                f.write(json.dumps({**record, field: text}) + "\n")
-                f.flush()
-        lock.close()
-        yield path.parent
+        with data.lock(path.parent):
+            first = answered(path, settings)
+            texts = (ask_server(args, items, first, path.with_name(f"replies-{asked[:8]}.jsonl"))
+                     if args.server else answer(model, processor, fmt, items, args.batch_size,
+                                                first=first, **decoding))
+            with open(path, "a", encoding="utf-8") as file:
+                for text, (*_, record) in zip(texts, items[first:]):
+                    file.write(json.dumps({**record, field: text}) + "\n")
+                    file.flush()
+        base = model.unload() if adapter else base
+        paths.append(path)
+    return paths
 
 
 def answered(path, settings):
@@ -561,31 +502,25 @@ def answered(path, settings):
         whole = b"".join(path.read_bytes().rpartition(b"\n")[:2])  # killed: maybe half a line
     elif path.is_file():
         os.replace(path, f"{path}.old")
-        print(f"{path}: the model, prompts or decoding have changed: starting anew (the answers "
-              f"so far are in {path.name}.old)", file=sys.stderr)
+        print(f"{path}: starting anew, since model, prompts or decoding have changed; what was "
+              f"there is in {path.name}.old", file=sys.stderr)
     write(path, whole.decode())
-    write(known, json.dumps(settings, indent=1))
+    write(known, settings)
     return whole.count(b"\n")
 
 
 def judge(args, folder):
     """Writes judgements.jsonl in answer order; the raw replies go to judge_replies.jsonl first."""
-    prompt, lists = BUNDLED / "judge" / f"{args.benchmark}.txt", args.benchmark == "objhal"
-    if not (prompt.is_file() and args.judge_url and args.judge_model):
-        raise Problem("a judge is for hallusionbench, objhal and mmhal, and needs --judge-url and "
-                      "--judge-model")
-    answers, fill = read(folder / "answers.jsonl"), Template(prompt.read_text(encoding="utf-8"))
-    asked = [row for row in answers if not (lists and short(row["text"]))]
-    try:
-        requests = [(n, [{"role": "system" if lists else "user", "content": fill.substitute(row)}])
-                    for n, row in enumerate(asked)]
-    except KeyError as e:
-        raise Problem(f"{folder / 'answers.jsonl'}: the judge needs the field {e}") from e
+    answers, lists = read(folder / "answers.jsonl"), args.benchmark == "objhal"
+    prompt = Template((BUNDLED / "judge" / f"{args.benchmark}.txt").read_text(encoding="utf-8"))
+    with problem_at(f"{folder / 'answers.jsonl'}: the judge needs another field", KeyError):
+        asked = {n: [{"role": "system" if lists else "user", "content": prompt.substitute(row)}]
+                 for n, row in enumerate(answers) if not (lists and short(row))}
     texts = respond.ask_in_order(
-        requests, folder / "judge_replies.jsonl", base_url=args.judge_url, model=args.judge_model,
-        desc="judging", temperature=0, check=object_list if lists else None)
-    lines = [{"text": "[]" if lists and short(row["text"]) else next(texts),
-              "model": args.judge_model} for row in answers]
+        list(asked.items()), folder / "judge_replies.jsonl", base_url=args.judge_url, temperature=0,
+        model=args.judge_model, desc="judging", check=object_list if lists else str)
+    texts = dict(zip(asked, list(texts)))
+    lines = [{"text": texts.get(n, "[]"), "model": args.judge_model} for n in range(len(answers))]
     write(folder / "judgements.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -596,46 +531,41 @@ def score_files(args, answers, judgements, out):
     result |= score(args.benchmark, read(answers), args.data, replies, args.protocol,
                     args.dimension, args.similar and read(args.similar))
     result["judge"] = replies[0].get("model") if replies and isinstance(replies[0], dict) else None
-    result["date"] = datetime.date.today().isoformat()
-    write(out, json.dumps(result, indent=1, ensure_ascii=False))
+    write(out, {**result, "date": datetime.date.today().isoformat()})
 
 
 def report(files, folder, paper):
     """report.md and report.png: the rows of metrics.json files beside the paper's."""
     results, rows = [read(file) for file in files], defaultdict(dict)
     for r in results:
-        values = r["metrics"] | {f"{part}.{name}": value for part, found in r["metrics"].items()
-                                 if isinstance(found, dict) for name, value in found.items()}
-        columns = BENCHMARKS[r["benchmark"]]["columns"]
-        rows[r["name"] + " (no judge)" * r["reading"].startswith("no judge")] |= {
-            f"{r['benchmark']} {label}": values.get(name) for label, name in columns.items()}
+        name = r["name"] + " (no judge)" * r["reading"].startswith("no judge")
+        values = {**r["metrics"], **r["metrics"].get("generative", {}),
+                  **r["metrics"].get("discriminative", {})}
+        rows[name] |= {f"{r['benchmark']} {label}": values[column] for label, column in
+                       BENCHMARKS[r["benchmark"]]["columns"].items() if column in values}
     cells = list(dict.fromkeys(cell for row in rows.values() for cell in row))
     base = results[0].get("model", "").lower()  # the paper's rows are those of the same base model
     size = paper or next((s for s in ("13b", "7b") if f"llava-1.5-{s}" in base), "none")
     rows |= read(BUNDLED / "paper.json").get(size, {})
     table = [["model", *cells], ["---"] + ["---:"] * len(cells)]
-    table += [[name] + ["" if row.get(cell) is None else f"{row[cell]:.4g}" for cell in cells]
+    table += [[name, *(f"{row[cell]:.4g}" if cell in row else "" for cell in cells)]
               for name, row in rows.items()]
     lines = [f"| {' | '.join(line)} |" for line in table] + [""]
-    lines += ["- {name}, {benchmark}: {n} answers, protocol {protocol}, read by: {reading}; judge: "
-              "{judge}; {date}".format(**r) + f"; {r.get('decoding', '')}" for r in results]
-    write(Path(folder, "report.md"), "\n".join(lines) + "\n")
-    bars(rows, cells, Path(folder, "report.png"))
+    lines += ["- " + "; ".join(f"{key}: {r[key]}" for key in r if key != "metrics")
+              for r in results]
     print("\n".join(lines))
+    write(Path(folder, "report.md"), "\n".join(lines) + "\n")
 
-
-def bars(rows, cells, path):
     from matplotlib import colormaps
     from matplotlib.figure import Figure
+    colors = colormaps["viridis"].resampled(len(rows)).colors  # readable without colour vision
     figure = Figure(figsize=(1.6 * len(cells) + 4, 3.2), layout="constrained")
-    axes = figure.subplots(1, len(cells), squeeze=False)[0]
-    colors = colormaps["viridis"]  # readable without colour vision and in print
-    for axis, cell in zip(axes, cells):
-        for place, (name, row) in enumerate(rows.items()):
-            axis.bar(place, row.get(cell) or 0, color=colors(place / len(rows)), label=name)
+    for axis, cell in zip(figure.subplots(1, len(cells), squeeze=False)[0], cells):
+        heights = [row.get(cell, 0) for row in rows.values()]
+        axis.bar(range(len(rows)), heights, color=colors, label=list(rows))
         axis.set(title=cell.replace(" ", "\n"), xticks=[])
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right")
-    figure.savefig(path, dpi=110)
+    figure.savefig(Path(folder, "report.png"), dpi=110)
 
 
 def fetch_help(args):
@@ -647,20 +577,32 @@ def fetch_help(args):
         print(f"{'found  ' if there else 'MISSING'}  {name}")
 
 
+def run(args):
+    """generate, judge where a judge is given, score, report."""
+    paths = generate(args)
+    for path in paths:
+        if args.judge_url:
+            judge(args, path.parent)
+        score_files(args, path, args.judge_url and path.with_name("judgements.jsonl"),
+                    path.with_name("metrics.json"))
+    report([path.with_name("metrics.json") for path in paths], args.out, args.paper)
+
+
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("command", choices=("run", "generate", "judge", "score", "report", "fetch-help"))
     add("names", nargs="*", help="report: metrics.json files; fetch-help: the benchmark")
-    add("--benchmark", choices=sorted(BENCHMARKS))
+    add("--benchmark", choices=sorted(BENCHMARKS), default="amber")
     add("--data", help="the benchmark's files as downloaded (default: the bundled tiny set)")
+    add("--allow-outside", action="store_true", help="permit image paths that leave --data")
     add("--model", help="model folder or hub name (default: the bundled tiny model)")
     add("--adapter", nargs="*", default=[], help="PEFT folders; with several, also the base row")
     add("--out", help="output folder; score: the metrics.json to write")
     add("--protocol", choices=("symmpo", "official"), default="symmpo")
-    add("--dimension", choices=("a", "g", "d", "de", "da", "dr"), default="a", help="AMBER: all, "
-        "generative, discriminative, or its existence, attribute, relation part")
+    add("--dimension", choices=("a", "g", "d", "de", "da", "dr"), default="a",
+        help="AMBER: all, captions, yes/no, or its existence, attribute, relation part")
     add("--limit", type=int, help="only the first N questions")
     add("--batch-size", type=int, default=16)
     add("--max-new-tokens", type=int, default=1024)
@@ -671,50 +613,33 @@ def parse_args(argv):
     add("--server", help="generate through this OpenAI-compatible server, e.g. http://host:8000/v1")
     add("--judge-url", help="the judge's OpenAI-compatible server; the key is OPENAI_API_KEY")
     add("--judge-model")
-    add("--answers", help="score: answers, a JSON list or JSONL")
+    add("--answers", default="answers.jsonl", help="score: a JSON list or JSONL")
     add("--judgements", help="score: raw judge replies in answer order")
     add("--similar", help="score, AMBER: JSON list of pairs of words that mean the same")
     add("--paper", choices=("7b", "13b", "none"), help="report: which base model's published rows")
     args = parser.parse_args(argv)
     if args.command == "fetch-help" and args.names:
-        args.benchmark = args.names[0]
-    if args.command != "report" and args.benchmark not in BENCHMARKS:
-        parser.error(f"name a benchmark: --benchmark {' | '.join(BENCHMARKS)}")
-    if args.command == "score" and not args.answers or args.command == "report" and not args.names:
-        parser.error("score needs --answers FILE, report the metrics.json files")
-    if args.server and args.adapter:
-        parser.error("a server answers with the model that --model names; it takes no --adapter")
-    if not args.model and args.command != "fetch-help":
-        args.data = args.data or str(TINY / str(args.benchmark))
-    if not args.data and args.command in ("run", "generate", "score"):
-        parser.error("--data DIR is needed with --model")
-    name = Path(args.model or "tiny").name
+        args = parser.parse_args(["fetch-help", "--benchmark", *args.names], args)
+    judged = args.command == "judge" or args.command == "run" and (
+        args.judge_url or args.benchmark == "mmhal")
+    if judged and not (args.judge_url and args.judge_model and "judged" in
+                       BENCHMARKS[args.benchmark]):
+        parser.error("a judge, of hallusionbench, objhal or mmhal, needs --judge-url and "
+                     "--judge-model")
+    if args.command != "fetch-help" and not args.data:
+        args.data = "(no --data)" if args.model else str(TINY / args.benchmark)
     args.out = args.out or {"score": "metrics.json", "report": "."}.get(
-        args.command, f"runs/{args.benchmark}-{name}")
+        args.command, f"runs/{args.benchmark}-{Path(args.model or 'tiny').name}")
     args.model = args.model or str(TINY / "model")
     return args
 
 
-def run(args):
-    """generate, judge where a judge is given, score, report."""
-    if args.benchmark == "mmhal" and not args.judge_url:
-        raise Problem("MMHal-Bench needs a judge: --judge-url and --judge-model")
-    done = []
-    for folder in generate(args):
-        if args.judge_url:
-            judge(args, folder)
-        judgements = folder / "judgements.jsonl" if args.judge_url else None
-        done.append(folder / "metrics.json")
-        score_files(args, folder / "answers.jsonl", judgements, done[-1])
-    report(done, args.out, args.paper)
-
-
 def main(argv=None):
     args = parse_args(argv)
-    commands = {"run": lambda: run(args), "generate": lambda: list(generate(args)),
+    commands = {"run": lambda: run(args), "generate": lambda: generate(args),
                 "judge": lambda: judge(args, Path(args.out)),
                 "score": lambda: score_files(args, args.answers, args.judgements, args.out),
-                "report": lambda: report(args.names, args.out, args.paper),
+                "report": lambda: report(args.names or ["metrics.json"], args.out, args.paper),
                 "fetch-help": lambda: fetch_help(args)}
     data.command(commands[args.command])
 

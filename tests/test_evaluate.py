@@ -1,5 +1,6 @@
 """evaluate.py: the five scorers against known results, generation, judging, and the commands."""
 import base64
+import functools
 import io
 import itertools
 import json
@@ -251,9 +252,21 @@ def test_errors_are_one_clear_line(benchmark, answers, replies, message, objhal,
     ('[{"id": 1},\n{"id": }]', "line 2"), ('{"id": 1}\n{"id"\n', "line 2"),
     ("version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS pointer")])
 def test_broken_files_are_named(tmp_path, text, message):
-    (tmp_path / "answers.jsonl").write_text(text)
-    with pytest.raises(Problem, match=message):
-        evaluate.read(tmp_path / "answers.jsonl")
+    for name in ["answers.jsonl"] + ["mmstar.parquet"] * ("git-lfs" in text):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(Problem, match=message):
+            evaluate.read(tmp_path / name)
+
+
+@pytest.mark.parametrize("name, text, value", [
+    ("a.json", '{"a": {}}', {"a": {}}), ("a.json", '{\n "a": [{}\n, {}]\n}', {"a": [{}, {}]}),
+    ("a.json", '{"a": 1}\n{"a": 2}\n', [{"a": 1}, {"a": 2}]), ("a.json", "[]", []),
+    ("a.json", '\ufeff{"a": "}\\n{"}\r\n{"a": 2}', [{"a": "}\n{"}, {"a": 2}]),
+    ("a.jsonl", '{"a": 1}', [{"a": 1}]), ("a.jsonl", '[{"a": 1}]', [{"a": 1}]),
+    ("a.jsonl", '"x"\n\n"y"\n', ["x", "y"]), ("a.jsonl", "", [])])
+def test_json_and_jsonl_are_told_apart(tmp_path, name, text, value):
+    (tmp_path / name).write_text(text, newline="")
+    assert evaluate.read(tmp_path / name) == value
 
 
 # --- cost -----------------------------------------------------------------------------------------
@@ -378,6 +391,13 @@ def test_several_adapters_in_one_load(llava, adapter, amber, tmp_path, capsys):
     assert "no PEFT adapter" in capsys.readouterr().err
 
 
+def test_resuming_without_a_progress_bar(loaded, amber, monkeypatch):
+    items = evaluate.questions("amber", amber)
+    whole = texts(*loaded, items, batch_size=2, temperature=1.0)
+    monkeypatch.setattr(evaluate, "tqdm", functools.partial(evaluate.tqdm, disable=True))
+    assert texts(*loaded, items, batch_size=2, temperature=1.0, first=5) == whole[5:]
+
+
 def test_in_memory_as_through_files(loaded, llava, amber, tmp_path):
     found = evaluate.measure(*loaded, "vicuna", amber, max_new_tokens=6)
     run("run", "--benchmark", "amber", "--model", llava, "--data", amber, "--out", tmp_path,
@@ -412,12 +432,32 @@ def test_every_benchmark_is_asked_as_published(tmp_path):
     rows = [{**hallusion(0, 0, ""), "question": "Q", "visual_input": "0", "filename": None},
             {**hallusion(1, 0, ""), "question": "Q", "visual_input": "2", "filename": "./VD/1.png"}]
     save(tmp_path / "HallusionBench.json", rows)
-    with pytest.raises(Problem, match="no image ./VD/1.png"):
+    with pytest.raises(Problem, match="no ./VD/1.png or hallusion_bench/"):
         evaluate.questions("hallusionbench", tmp_path)
     (tmp_path / "hallusion_bench/VD").mkdir(parents=True)
     (tmp_path / "hallusion_bench/VD/1.png").write_bytes(buffer.getvalue())
     asked = evaluate.questions("hallusionbench", tmp_path)
     assert asked[0][1] is None and asked[1][1].endswith("VD/1.png")
+
+
+@pytest.mark.parametrize("place", ["../secret.png", "{tmp}/secret.png", "link.png"])
+def test_images_outside_the_data_folder_are_refused(amber, tmp_path, capsys, place):
+    Image.new("RGB", (9, 9)).save(tmp_path / "secret.png")
+    (amber / "image" / "link.png").symlink_to(tmp_path / "secret.png")
+    queries = evaluate.read(amber / "query/query_all.json")
+    save(amber / "query/query_all.json",
+         [{**row, "image": place.format(tmp=tmp_path)} for row in queries])
+    with pytest.raises(SystemExit):  # before anything is loaded: there is no such model
+        run("generate", "--benchmark", "amber", "--data", amber, "--model", "m", "--out", tmp_path)
+    assert "outside the data folder" in capsys.readouterr().err
+    items = evaluate.questions("amber", amber, allow_outside=True)
+    assert Path(items[0][1]).samefile(tmp_path / "secret.png")
+
+
+def test_broken_images_are_named_before_the_model_is_loaded(amber):
+    (amber / "image" / "AMBER_2.jpg").write_bytes(b"no image")
+    with pytest.raises(Problem, match="AMBER_2.jpg: not a readable image"):
+        evaluate.questions("amber", amber)
 
 
 # --- servers and judges ---------------------------------------------------------------------------
@@ -481,9 +521,10 @@ def test_no_judge_where_one_is_needed(tmp_path, capsys):
     for command in (["run", "--benchmark", "mmhal", "--data", tmp_path],
                     ["judge", "--benchmark", "mmhal", "--out", tmp_path],
                     ["judge", "--benchmark", "amber", "--out", tmp_path]):
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit) as end:
             run(*command)
-        assert "judge" in capsys.readouterr().err
+        assert end.value.code == 2
+        assert "needs --judge-url and --judge-model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("benchmark", sorted(evaluate.BENCHMARKS))
