@@ -29,7 +29,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import data
-from data import TINY, Later, Problem
+from data import TINY, Later, Problem, need, problem_at
 from tqdm import tqdm
 
 evaluate, peft, respond, symmpo, torch = map(
@@ -112,14 +112,11 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     for key in ("epochs", "batch_size", "micro_batch", "lr", "lora_r", "max_length",
                 "sample_every", "save_every"):
-        if not 0 < getattr(args, key) < math.inf:
-            raise Problem(f"--{key.replace('_', '-')} must be above 0")
-    if args.data is None:
-        raise Problem("--data is missing: the preference records to train on")
-    if args.resume and not args.out:
-        raise Problem("--resume needs --out, the folder of the run to go on with")
-    if args.no_image and args.objective not in ("dpo", "sft"):
-        raise Problem("--no-image goes with --objective dpo or sft: the others contrast images")
+        need(0 < getattr(args, key) < math.inf, f"--{key.replace('_', '-')} must be above 0")
+    need(args.data, "--data is missing: the preference records to train on")
+    need(args.out or not args.resume, "--resume needs --out, the folder of the run to go on with")
+    need(not args.no_image or args.objective in ("dpo", "sft"),
+         "--no-image goes with --objective dpo or sft: the others contrast images")
     args.out = args.out or Path(f"runs/{args.objective}-{time.strftime('%Y%m%d-%H%M%S')}")
     return args
 
@@ -129,8 +126,8 @@ def loss_weights(args):
     w = symmpo.OBJECTIVES[args.objective][1]
     w = {key: w[key] if getattr(args, key) is None else getattr(args, key) for key in w}
     w["anchors"] = w["anchors"].split(",") if isinstance(w["anchors"], str) else list(w["anchors"])
-    if not set(w["anchors"]) <= set(symmpo.ANCHORS):
-        raise Problem(f"--anchors: the known cells are {', '.join(symmpo.ANCHORS)}")
+    need(set(w["anchors"]) <= set(symmpo.ANCHORS),
+         f"--anchors: the known cells are {', '.join(symmpo.ANCHORS)}")
     return w
 
 
@@ -153,12 +150,12 @@ def prepare(args):
     per_epoch = math.ceil(len(run.records) / args.batch_size)
     args.steps = args.steps or math.ceil(per_epoch * args.epochs)
     model, run.processor = data.load_model(args.model, args.device, getattr(torch, args.dtype))
-    if not args.no_share_prefix and model.config.model_type not in PACKABLE:
-        raise Problem(f"{args.model}: sharing the prefix is not exact for {model.config.model_type}"
-                      " models (their attention or positions); add --no-share-prefix")
+    need(args.no_share_prefix or model.config.model_type in PACKABLE,
+         f"{args.model}: sharing the prefix is not exact for {model.config.model_type} models "
+         "(their attention or positions); add --no-share-prefix")
     run.fmt = data.prompt_format(model, args.prompt_format)
     held_out = data.Records(args.eval_data) if args.eval_data else []
-    run.held_out = [record for i, record in enumerate(held_out)
+    run.held_out = [held_out[i] for i in range(len(held_out))
                     if merge([load(run, held_out, i)], args, run.skipped)[0]]
     base = data.fingerprint(model)
     run.policy = add_adapter(model.requires_grad_(False), args)
@@ -201,13 +198,11 @@ def policy_table(run, rows, records):
     args, cuda = run.args, run.args.device.startswith("cuda")
     mixed = cuda and args.dtype == "bfloat16"  # autocast brings the adapters' inputs to bf16; PEFT
     keep = mixed and not args.grad_checkpointing  # would save a copy of each in fp32 before that
-    try:
-        with (torch.autocast("cuda", torch.bfloat16, enabled=mixed),
-              peft.helpers.disable_input_dtype_casting(run.policy, active=keep)):
-            return symmpo.logp_table(run.policy, rows, records, not args.no_share_prefix,
-                                     tokens_per_forward=2048 if cuda else 0)
-    except ValueError as e:
-        raise Problem(f"{rows[0]['source']}: {e}") from e
+    with (problem_at(rows[0]["source"], ValueError),
+          torch.autocast("cuda", torch.bfloat16, enabled=mixed),
+          peft.helpers.disable_input_dtype_casting(run.policy, active=keep)):
+        return symmpo.logp_table(run.policy, rows, records, not args.no_share_prefix,
+                                 tokens_per_forward=2048 if cuda else 0)
 
 
 def reference_table(run, rows, keys, fresh=False):
@@ -225,9 +220,9 @@ def reference_table(run, rows, keys, fresh=False):
     if todo:
         with torch.no_grad(), run.policy.disable_adapter():
             new = policy_table(run, todo, len(keys)).cpu()
-        if ((new - table).abs() > 0.5 + 0.02 * new.abs()).any():  # NaN compares false
-            raise Problem(f"the reference cache {run.args.cache} was made differently: it is off by"
-                          f" {(new - table).nan_to_num().abs().max():.2f} nats; delete that folder")
+        off = (new - table).abs()  # NaN, which compares false, where the table knows nothing
+        need(not (off > 0.5 + 0.02 * new.abs()).any(), f"the reference cache {run.args.cache} was "
+             f"made differently: off by {off.nan_to_num().max():.2f} nats; delete that folder")
         table = torch.where(table.isnan(), new, table)
         with run.cache:  # one transaction: all or nothing
             run.cache.executemany("INSERT OR IGNORE INTO logps VALUES (?, ?)", [
@@ -253,10 +248,10 @@ def verify_start(run, rho, loss):
     """Step 0: the adapter is zero, so rho must be 0 and the loss its closed form; else Problem."""
     expected = symmpo.loss_at_start(run.args.objective, run.w)
     tolerance = 1e-3 if run.args.dtype == "float32" else 0.5  # nats; bf16 sums of ~150 tokens
-    if rho > tolerance or abs(loss - expected) > tolerance:
-        raise Problem(f"policy and reference differ by {rho:.3g} nats before the first step, and "
-                      f"the loss is {loss:.5f} instead of {expected:.5f}; they are the same "
-                      "weights: dropout, another dtype or another template does this")
+    need(rho <= tolerance and not abs(loss - expected) > tolerance,
+         f"policy and reference differ by {rho:.3g} nats before the first step, and the loss is "
+         f"{loss:.5f} instead of {expected:.5f}; they are the same weights: dropout, another dtype "
+         "or another template does this")
     print(f"step 0      rho = 0 within {rho:.1g} nats, loss {loss:.6f}, closed form {expected:.6f}")
 
 
@@ -304,15 +299,14 @@ def merge(items, args, skipped):
     """
     rows, keys = [], []
     for number, key, item in items:
-        if key is not None:
-            rows += [{**row, "cells": [(len(keys), *cell[1:]) for cell in row["cells"]]}
-                     for row in item]
-            keys.append(key)
-        elif args.skip_bad:
+        if key is None:
+            need(args.skip_bad, f"{item}\n--skip-bad goes on without such records; `python data.py "
+                 f"check {args.data}` lists them all")
             skipped[str(item)] = number
-        else:
-            raise Problem(f"{item}\n--skip-bad goes on without such records; "
-                          f"`python data.py check {args.data}` lists them all")
+            continue
+        rows += [{**row, "cells": [(len(keys), *cell[1:]) for cell in row["cells"]]}
+                 for row in item]
+        keys.append(key)
     return rows, keys
 
 
@@ -325,8 +319,8 @@ def claim_folder(args, rank=0):
     holds a run that --resume was not given for."""
     args.out.mkdir(parents=True, exist_ok=True)
     found = sorted(args.out.glob("checkpoint-*[0-9]"), key=lambda p: int(p.name.split("-")[1]))
-    if rank == 0 and not args.resume and (found or (args.out / "metrics.jsonl").exists()):
-        raise Problem(f"{args.out}: holds another run; choose another --out, or --resume it")
+    need(rank or args.resume or not (found or (args.out / "metrics.jsonl").exists()),
+         f"{args.out}: holds another run; choose another --out, or --resume it")
     return data.lock(args.out) if rank == 0 else None, (found[-1] if found else None)
 
 
@@ -362,16 +356,13 @@ def load_checkpoint(run, folder, optimizer):
     """Put adapter, optimiser and random state back and return the step to go on with.
 
     Raises Problem for another run's checkpoint or a damaged one."""
-    try:
+    with problem_at(f"{folder}: damaged, cannot resume from it", Exception):
         old = json.loads((folder / "run.json").read_text())
         adapter = peft.load_peft_weights(folder, "cpu")
         state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
-    except Exception as e:  # each reader has its own kinds of error for damaged files
-        raise Problem(f"{folder}: damaged ({type(e).__name__}), cannot resume from it") from e
     changed = [f"{k} was {old.get(k)!r}, is {v!r}" for k, v in run.identity.items()
                if old.get(k) != v]
-    if changed:
-        raise Problem(f"{folder}: cannot resume, this is another run: {'; '.join(changed)}")
+    need(not changed, f"{folder}: cannot resume, this is another run: {'; '.join(changed)}")
     peft.set_peft_model_state_dict(run.policy, adapter)
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["rng"][0])

@@ -248,7 +248,7 @@ def test_bad_input_is_named(llava, prefs, tmp_path, capsys, fit):
     broken.write_text("\n".join([*lines, json.dumps(del_rejected), json.dumps(gone), "{"]) + "\n")
     base = ["--model", llava, "--cache", tmp_path / "cache", *FAST]
     for argv, reason in [
-        ([*base, "--data", tmp_path / "none.jsonl"], "no such file"),
+        ([*base, "--data", tmp_path / "none.jsonl"], "No such file"),
         ([*base, "--data", broken, "--steps", 9, "--out", tmp_path / "b"], f"{broken}:1"),
         ([*base], "--data is missing"),
         ([*base, "--data", prefs, "--lr", "0"], "--lr must be above 0"),
