@@ -21,7 +21,7 @@ import argparse
 import contextlib
 import fcntl
 import hashlib
-import importlib
+import importlib.metadata
 import io
 import json
 import os
@@ -47,6 +47,12 @@ class Later:
 
 
 symmpo, torch, transformers, peft = map(Later, ("symmpo", "torch", "transformers", "peft"))
+for name, oldest in {"torch": (2, 11), "transformers": (5, 17), "peft": (0, 21)}.items():
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # who uses it will say so
+        version = importlib.metadata.version(name)
+        if tuple(map(int, version.split(".")[:2])) < oldest:
+            sys.exit(f"error: {name} {version} is older than {'.'.join(map(str, oldest))}, the "
+                     "oldest that SymMPO runs with: pip install -r requirements.txt")
 pyarrow = Later("pyarrow.parquet")
 
 TINY = Path(__file__).resolve().parent / "tiny"  # the embedded default: model, records, images
@@ -406,7 +412,8 @@ def embed(files, encoder, cache, batch=64):
     under a hash of encoder and pixels: what is there is not computed again."""
     with problem_at(f"{encoder}: not an image encoder (CLIP, SigLIP, LLaVA)", Exception):
         model = transformers.AutoModel.from_pretrained(encoder, trust_remote_code=False).float()
-        prepare = transformers.AutoImageProcessor.from_pretrained(encoder, trust_remote_code=False)
+        processor = transformers.AutoProcessor.from_pretrained(encoder, trust_remote_code=False)
+        prepare = processor.image_processor
         features = model.requires_grad_(False).get_image_features
     weights, vectors, pixels = f"{fingerprint(model)} {prepare}", [], []
     model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -9,6 +9,7 @@ import transformers
 from PIL import Image, ImageDraw
 
 import data
+from conftest import FIXTURES
 
 MADE = ("crop", "crop-large", "black", "noise", "moco")
 VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
@@ -46,8 +47,13 @@ def encoder(request, tmp_path_factory):
         model = tf.LlavaForConditionalGeneration(tf.LlavaConfig(
             vision_config=tf.CLIPVisionConfig(**VISION), text_config=tf.LlamaConfig(**TEXT)))
     model.save_pretrained(path)
-    tf.CLIPImageProcessorPil(size={"shortest_edge": 32},
-                             crop_size={"height": 32, "width": 32}).save_pretrained(path)
+    images = tf.CLIPImageProcessorPil(size={"shortest_edge": 32},
+                                      crop_size={"height": 32, "width": 32})
+    tokenizer = tf.LlamaTokenizer.from_pretrained(FIXTURES / "llama_tokenizer", pad_token="<pad>")
+    processor = {"clip": tf.CLIPProcessor, "siglip": tf.SiglipProcessor}.get(request.param)
+    processor = processor(images, tokenizer) if processor else tf.LlavaProcessor(
+        images, tokenizer, patch_size=16, vision_feature_select_strategy="default")
+    processor.save_pretrained(path)
     return path
 
 

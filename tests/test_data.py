@@ -1,6 +1,7 @@
 """Records, prompts, tokens and images: with a real Llama tokenizer and real files."""
 import json
 import random
+import os
 import subprocess
 import sys
 
@@ -252,3 +253,14 @@ def test_check_command(prefs, llava, tmp_path):
     assert result.returncode == 1 and "2 bad" in result.stdout
     assert all(f"{bad}:{n}" in result.stdout + result.stderr for n in (1, 2))
     assert run(tmp_path / "none.jsonl").returncode == 2
+
+
+@pytest.mark.parametrize("name", ["torch", "transformers", "peft"])
+def test_an_older_package_is_named_at_import(tmp_path, name):
+    about = tmp_path / f"{name}-0.9.dist-info" / "METADATA"
+    about.parent.mkdir()
+    about.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.9\n")
+    done = subprocess.run([sys.executable, ROOT / "data.py", "--help"], capture_output=True,
+                          text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 1 and f"{name} 0.9 is older than" in done.stderr
+    assert "Traceback" not in done.stderr
