@@ -511,7 +511,7 @@ def random_rows(s, records=1, responses=(3, 2), image_tokens=None, device="cpu")
         rows.append({"inputs": {"input_ids": ids, "attention_mask": torch.ones_like(ids),
                                 "pixel_values": torch.randn(1, 3, s["px"], s["px"])},
                      "responses": [torch.randint(5, s["vocab"], (RESPONSE,)) for _ in range(n)],
-                     "cells": [next(cells) for _ in range(n)]})
+                     "cells": [next(cells) for _ in range(n)], "source": "random"})
         if image_tokens:
             rows[-1]["features"] = torch.randn(patches, s["h"], device=device)
     return rows

@@ -125,7 +125,7 @@ def test_no_split_shares_a_scene(see):
 
     groups = [seen({r[k] for r in lines(name) for k in ("image", "contrast_image")}, TINY)
               for name in ("prefs.jsonl", "val.jsonl")]
-    groups += [seen((TINY / f).glob("*.png"), None) for f in (
+    groups += [seen((TINY / f).glob("*.png"), ".") for f in (
         "amber/image", "amber_val/image", "hallusionbench/VD/figure")]
     groups += [{content(see(base64.b64decode(row["image"]))) for row in lines(name)} for name in (
         "mmstar/mmstar.jsonl", "objhal/obj_halbench_300_with_image.jsonl")]

@@ -86,7 +86,7 @@ def training(out):
     out = Path(out)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
-        del line["tokens_per_second"]
+        del line["tokens_per_second"], line["data_wait"]
     [last] = out.glob("checkpoint-*")
     state = torch.load(last / "state.pt", weights_only=True)["optimizer"]["state"]
     tensors = {**load_file(last / "adapter_model.safetensors"),
