@@ -665,7 +665,9 @@ def variant(s, device, rounds, records=1, plain=False, checkpointing=False, adap
 
 
 def saved_bytes(s, layers):
-    """Bytes that the packed forward pass of one record in bf16 keeps for its backward pass."""
+    """Bytes that the packed forward pass of one record in bf16, as in train.policy_table, keeps for
+    its backward pass."""
+    import peft
     import torch
     from symmpo import logp_table
     policy = random_policy({**s, "layers": layers}, dtype=torch.bfloat16)
@@ -678,8 +680,8 @@ def saved_bytes(s, layers):
         return tensor
 
     rows = random_rows(s, image_tokens=(s["px"] // 14) ** 2)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), \
-            torch.autocast("cpu", torch.bfloat16):
+    with (torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t),
+          torch.autocast("cpu", torch.bfloat16), peft.helpers.disable_input_dtype_casting(policy)):
         logp_table(policy, rows, 1)
     return sum(kept.values())
 

@@ -244,14 +244,18 @@ def load_processor(path):
     return config, processor
 
 
-def load_model(path, device="cpu", dtype=None, adapter=None):
-    """(model, processor), in eval mode; dtype: bf16 on CUDA, else fp32; adapter: a PEFT folder.
-    Problem when either cannot be read or they do not fit."""
+def load_model(path, device="cpu", dtype=None, adapter=None, four_bit=False):
+    """(model, processor), in eval mode; dtype: bf16 on CUDA, else fp32; adapter: a PEFT folder;
+    four_bit: linear layers in NF4. Problem when one cannot be read or they do not fit."""
     _, processor = load_processor(path)
     dtype = dtype or (torch.bfloat16 if str(device).startswith("cuda") else torch.float32)
     with problem_at(f"{path}: the model cannot be loaded", Exception):
+        packed = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype) if four_bit else None
         model = transformers.AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False).to(device)
+            path, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False,
+            quantization_config=packed, device_map={"": device})
     return (load_adapter(model, adapter) if adapter else model), processor
 
 

@@ -88,6 +88,7 @@ def options():
     add(g, "max-length", 2048, "tokens of image, prompt and longest response")
     add(g, "prompt-format", ("auto", "vicuna", "chat"), "auto: vicuna for LLaVA-1.5, else chat")
     add(g, "dtype", ("auto", "bfloat16", "float32"), "of the frozen weights; auto: bf16 on CUDA")
+    add(g, "load-4bit", False, "NF4 base weights (CUDA, bitsandbytes): for cards of 24 GB")
     add(g, "device", "auto", "cuda or cpu; auto: CUDA when there is one")
     add(g, "grad-checkpointing", False, "recompute activations: less memory, a third slower")
     add(g, "no-share-prefix", False, "plain padded sequences, for models that cannot pack")
@@ -149,7 +150,9 @@ def prepare(args):
     run.records = data.Records(args.data)
     per_epoch = math.ceil(len(run.records) / args.batch_size)
     args.steps = args.steps or math.ceil(per_epoch * args.epochs)
-    model, run.processor = data.load_model(args.model, args.device, getattr(torch, args.dtype))
+    need(cuda or not args.load_4bit, "--load-4bit needs a CUDA GPU (and pip install bitsandbytes)")
+    model, run.processor = data.load_model(args.model, args.device, getattr(torch, args.dtype),
+                                           four_bit=args.load_4bit)
     need(args.no_share_prefix or model.config.model_type in PACKABLE,
          f"{args.model}: sharing the prefix is not exact for {model.config.model_type} models "
          "(their attention or positions); add --no-share-prefix")

@@ -264,3 +264,27 @@ def test_an_older_package_is_named_at_import(tmp_path, name):
                           text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert done.returncode == 1 and f"{name} 0.9 is older than" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_four_bit_base_weights_train(llava, tmp_path):
+    """bitsandbytes packs on a CPU, too, where it is installed."""
+    pytest.importorskip("bitsandbytes")
+    import symmpo
+    import torch
+    import train
+    from conftest import write_prefs
+    tables = []
+    for four_bit in (False, True):
+        model, processor = data.load_model(str(llava), dtype=torch.bfloat16, four_bit=four_bit)
+        policy = train.add_adapter(model.requires_grad_(False), train.parse_args(
+            ["--model", "m", "--data", "d", "--lora-r", "4", "--lora-alpha", "8"]))
+        record = Records(write_prefs(tmp_path))[0]
+        rows = data.build_rows(record, processor, "vicuna", SYMMPO)
+        with torch.autocast("cpu", torch.bfloat16):
+            tables.append(symmpo.logp_table(policy, rows, 1))
+    packed = {type(m).__name__ for m in symmpo.language_model(model).modules()}
+    assert "Linear4bit" in packed and type(model.lm_head) is torch.nn.Linear
+    tables[1].nansum().backward()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in policy.parameters())
+    off = (tables[0] - tables[1]).nan_to_num().abs().max().item()
+    assert 0 < off < 10  # nats over sums of about -50: near, and not the same weights

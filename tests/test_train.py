@@ -254,6 +254,7 @@ def test_bad_input_is_named(llava, prefs, tmp_path, capsys, fit):
         ([*base, "--data", prefs, "--lr", "0"], "--lr must be above 0"),
         ([*base, "--data", prefs, "--resume"], "--resume needs --out"),
         ([*base, "--data", prefs, "--anchors", "foo"], "known cells"),
+        ([*base, "--data", prefs, "--load-4bit", "--device", "cpu"], "needs a CUDA GPU"),
         ([*base, "--data", prefs, "--max-length", 40, "--out", tmp_path / "c"], "-length is 40"),
         (["--model", tmp_path, "--data", prefs, "--out", tmp_path / "d"], "no vision-language"),
     ]:
