@@ -1,6 +1,7 @@
 """What the README claims is checked: line counts, commands, defaults, and the diff it shows."""
 import ast
 import io
+import json
 import re
 import shutil
 import subprocess
@@ -98,3 +99,19 @@ def test_pins_are_exact_and_links_lead_somewhere():
         assert re.fullmatch(r"[a-z0-9-]+==[\d.]+", line)
     for link in re.findall(r"\]\(((?!http)[^)#]+)\)", README):
         assert (ROOT / link).exists(), link
+
+
+def test_speed_figures_are_the_measured_ones():
+    """Every ratio and size in the README's side-by-side tables stands in bench_results/."""
+    text = README[README.index("**Side by side**"):README.index("**Distance to the limit.**")]
+    results = [json.loads(path.read_text()) for path in (ROOT / "bench_results").glob("*.json")]
+    measured = {f"{row['ratio'][0]:.2f}" for found in results for part in ("ladder", "trl")
+                for row in found.get(part, {}).get("rows", [])}
+    measured |= {f"{row['predicted ratio']:.2f}" for found in results
+                 for row in found.get("ladder", {}).get("rows", [])}
+    mib = {f"{row['MiB']:,.0f}" for found in results
+           for row in found.get("memory", {}).get("rows", [])}
+    ratios = re.findall(r"\| \**(\d\.\d\d)\**(?= )", text)
+    sizes = re.findall(r"\| ([\d,]{3,})(?=,? )", text)
+    assert len(ratios) >= 16 and set(ratios) <= measured, set(ratios) - measured
+    assert len(sizes) == 8 and set(sizes) <= mib, set(sizes) - mib
