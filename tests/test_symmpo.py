@@ -1,4 +1,4 @@
-"""The losses against hand arithmetic and closed-form gradients; partition functions by enumeration."""
+"""Losses against hand arithmetic and closed-form gradients; partition functions by enumeration."""
 import math
 
 import pytest
@@ -71,7 +71,8 @@ def test_objectives_read_exactly_their_cells(name):
 @pytest.mark.parametrize("name", [n for n in OBJECTIVES if n != "sft"])
 def test_closed_form_at_start(name):
     zero = torch.zeros(3, 2, 3)
-    for change in ({}, {"delta": 0.3, "eta": 0.7, "lam": 0.25}, {"anchors": ("yw", "yl"), "eta": 2}):
+    for change in ({}, {"delta": 0.3, "eta": 0.7, "lam": 0.25},
+                   {"anchors": ("yw", "yl"), "eta": 2}):
         w = {**OBJECTIVES[name][1], **change}
         pairs = {"dpo": 1, "copo": 1, "mdpo": 1 + w["lam"], "symmpo": 1 + 2 * w["lam"]}[name]
         anchors = sum(softplus(symmpo.ANCHORS[a][2] * w["delta"]) for a in w["anchors"])

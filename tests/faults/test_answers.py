@@ -7,7 +7,6 @@ import time
 import pytest
 
 import data
-import evaluate
 import harness
 
 

@@ -1,5 +1,4 @@
 """Disks that are full or read-only: a clear message, and everything finished still there."""
-import json
 import os
 import subprocess
 

@@ -1,11 +1,9 @@
 """Broken records and images: either a record or a Problem that names it, and nothing else."""
-import io
 import json
 import random
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
