@@ -1,6 +1,6 @@
 """Tables 1 and 2 of the paper in miniature: every objective on the tiny world, tuned and repeated.
 
-    python tiny/table.py                 about fifteen minutes on two cores; resumable
+    python tiny/table.py                 17 minutes on two cores; resumable
     python tiny/table.py --out DIR       where the runs, table.md, table.json and table.png go
 
 Each row gets the same tuning budget: four learning rates, one seed, judged on the validation
