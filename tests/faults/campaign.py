@@ -215,8 +215,10 @@ def in_time(seconds=20):
         raise TimeoutError("a hang")
     signal.signal(signal.SIGALRM, late)
     signal.alarm(seconds)
-    yield
-    signal.alarm(0)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
 
 
 def broken_lines(w, n=6000):
