@@ -88,7 +88,7 @@ def test_records_are_read_ahead_of_the_step(fit, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "load", lambda *args: (time.sleep(0.1), load(*args))[1])
     monkeypatch.setattr(train, "policy_table", lambda *args: (time.sleep(0.3), table(*args))[1])
     for workers in (0, 1):
-        fit("--batch-size", 2, "--workers", workers, out=tmp_path / str(workers))
+        fit("--batch-size", 2, "--steps", 2, "--workers", workers, out=tmp_path / str(workers))
         waits.append([line["data_wait"] for line in train.read_metrics(tmp_path / str(workers))])
     assert min(waits[0]) > 0.1 and max(waits[1][1:]) < 0.03
 
