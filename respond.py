@@ -33,7 +33,8 @@ from pathlib import Path
 
 import numpy as np
 from data import (IMAGES, RESPONSES, Later, Problem, Records, command, encode_prompts, end_token_id,
-                  fingerprint, image_records, load_model, open_image, prompt_format)
+                  fingerprint, image_records, load_model, need, open_image, problem_at,
+                  prompt_format)
 from tqdm import tqdm
 
 httpx2, jinja2, openai, torch, transformers = map(
@@ -197,19 +198,15 @@ class Log:
         self.entries, self.tokens = collections.defaultdict(list), 0
         self.secret = key if len(key) > 8 else "\n"  # which JSON does not contain
         self.file, self.turn = open(path, "a+b"), threading.Lock()
-        try:
+        with problem_at(f"{path}: another run is writing its replies here", OSError):
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise Problem(f"{path}: another run is writing its replies here") from None
         self.file.seek(0)
         *lines, torn = self.file.read().split(b"\n")
         self.file.truncate(self.file.tell() - len(torn))  # a run was killed while it wrote this
         for number, line in enumerate(lines, 1):
-            try:
+            with problem_at(f"{path}:{number}: not a reply; repair or remove the line", Exception):
                 entry = json.loads(line)
                 self.entries[entry["request"]].append(entry)
-            except (ValueError, TypeError, KeyError):
-                raise Problem(f"{path}:{number}: not a reply; repair or remove the line") from None
 
     def append(self, entry):
         """Returns when the entry is on the disk."""
@@ -266,8 +263,7 @@ def take_in(given, root, args):
             file = root / str(r[key])
             r.files.append((str(file), hashlib.sha256(file.read_bytes()).hexdigest()))
             r[key] = os.path.relpath(file, Path(args.out).parent)
-        if not isinstance(r["prompt"], str):
-            raise Problem("the prompt is not text")
+        need(isinstance(r["prompt"], str), "the prompt is not text")
     except Problem as e:
         r.reason = f"record: {e}"
     return r

@@ -387,7 +387,8 @@ def plot_curves(out):
     rows, panels = read_metrics(out), {
         "loss (nats)": ["loss"], "preference accuracy": ["rewards/accuracies", "pair/accuracy_m"],
         "reward margin": ["rewards/margins"], "log p(chosen) (nats)": ["logps/chosen"]}
-    figure = Figure(figsize=(16, 3.6), layout="constrained")
+    figure = Figure(figsize=(16, 3.6))
+    figure.subplots_adjust(left=0.04, bottom=0.14, right=0.99, top=0.91, wspace=0.2)
     for axis, (title, names) in zip(figure.subplots(1, 4), panels.items()):
         for name in names + [f"eval/{name}" for name in names]:
             points = [(row["step"], row[name]) for row in rows if name in row]
