@@ -240,19 +240,20 @@ def test_too_long_is_refused_not_cut(prefs, processor):
         data.build_rows(Records(prefs)[0], processor, "vicuna", SYMMPO, max_length=50)
 
 
-def test_check_command(prefs, llava, tmp_path):
+def test_check_command(prefs, llava, tmp_path, capsys):
     def run(*args):
-        return subprocess.run([sys.executable, ROOT / "data.py", "check", *map(str, args)],
-                              capture_output=True, text=True)
-    good = run(prefs, "--model", llava)
-    assert good.returncode == 0 and "12 records, 0 bad" in good.stdout
-    assert "symmpo 12" in good.stdout and "ASSISTANT:" in good.stdout and "</s>" in good.stdout
+        with pytest.raises(SystemExit) as end:
+            data.main(["check", *map(str, args)])
+        return end.value.code, "".join(capsys.readouterr())
+    code, text = run(prefs, "--model", llava)
+    assert code == 0 and "12 records, 0 bad" in text
+    assert "symmpo 12" in text and "ASSISTANT:" in text and "</s>" in text
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"image": "gone.png", "prompt": "Q?", "chosen": "x"}\n{"image": 3}\n')
-    result = run(bad)
-    assert result.returncode == 1 and "2 bad" in result.stdout
-    assert all(f"{bad}:{n}" in result.stdout + result.stderr for n in (1, 2))
-    assert run(tmp_path / "none.jsonl").returncode == 2
+    code, text = run(bad)
+    assert code == 1 and "2 bad" in text
+    assert all(f"{bad}:{n}" in text for n in (1, 2))
+    assert run(tmp_path / "none.jsonl")[0] == 2
 
 
 @pytest.mark.parametrize("name", ["torch", "transformers", "peft"])
