@@ -27,6 +27,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]),
 import harness  # noqa: E402
 import mutate  # noqa: E402
 from conftest import save_llava15, write_prefs  # noqa: E402
+from test_respond import cut_short, hang_up  # noqa: E402
 
 FEW = ("--lora-r 2 --lora-alpha 4 --lr 1e-2 --steps 4 --batch-size 2 --save-every 1 "
        "--sample-every 9 --seed 1").split()
@@ -336,19 +337,8 @@ def mad_server(w, n=300):
     """Every second request is refused, cut, delayed or garbled; each question is one outcome."""
     import respond
     rng, lock, tries = random.Random(4), threading.Lock(), collections.Counter()
-
-    def cut(handler):
-        handler.send_response(200)
-        handler.send_header("Content-Length", "500")
-        handler.end_headers()
-        handler.wfile.write(b'{"choices": [')
-        handler.close_connection = True
-
-    def hang_up(handler):
-        handler.connection.shutdown(2)
-        handler.close_connection = True
     bad = [lambda h, s=s: h.send(s, {"error": {"message": "no"}}) for s in (429, 500, 502, 503, 408)]
-    bad += [cut, hang_up, lambda h: h.send(200, b"<html>"), lambda h: h.send(200, {}),
+    bad += [cut_short, hang_up, lambda h: h.send(200, b"<html>"), lambda h: h.send(200, {}),
             lambda h: h.send(200, {"choices": []}), lambda h: time.sleep(1.5)]
 
     def reply(body, handler):
