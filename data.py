@@ -198,6 +198,12 @@ def lacks(record, cells):
 # --- images ----------------------------------------------------------------------------------
 
 
+def need_inside(path, root, allow_outside):
+    """Problem when the path, links followed, leaves the folder root and that is not allowed."""
+    inside = allow_outside or Path(root, path).resolve().is_relative_to(Path(root).resolve())
+    need(inside, f"{Path(root, path)}: outside the data folder {root} (--allow-outside permits it)")
+
+
 def open_image(source, root=".", allow_outside=True):
     """An RGB PIL image, upright (EXIF), from a path relative to root, bytes, or {"bytes", "path"}.
     Palette, CMYK, 16-bit and animated (first frame) files are converted, transparency is dropped.
@@ -210,8 +216,7 @@ def open_image(source, root=".", allow_outside=True):
         need(isinstance(source, str), f"an image is a path or bytes, not {type(source).__name__}")
         name = file = os.path.join(root, source)
         need(os.path.isfile(file), f"{file}: no such image file")
-        inside = allow_outside or Path(file).resolve().is_relative_to(Path(root).resolve())
-        need(inside, f"{file}: outside the data folder {root} (--allow-outside permits it)")
+        need_inside(source, root, allow_outside)
     with problem_at(f"{name}: not a readable image", Exception), Image.open(file) as image:
         if image.mode.startswith("I"):  # 16 bits a pixel: scale, since convert() would clip
             image = image.convert("I").point(lambda v: v / 256).convert("L")
@@ -486,6 +491,9 @@ def contrast(args):
             "noise": lambda image, rng: noise(image, rng, args.step)}.get(args.kind)
     out, (root, records), lines = Path(args.out), image_records(args.data), []
     need(records, f"{args.data}: no images there")
+    need(out.suffix, f"--out {out}: a file name such as {out}.jsonl; pictures go into {out}/")
+    for record in records:
+        need_inside(record["image"], root, args.allow_outside)
     folder = out.with_suffix("")  # of the pictures that are made, or of the embeddings
     (folder if made else out.parent).mkdir(parents=True, exist_ok=True)
     found = {} if made else choose(args, root, records, folder)
@@ -574,6 +582,7 @@ def main(argv=None):
     add("--max-sim", type=float, default=0.98, help="clip: over it are duplicates (%(default)s)")
     add("--group", default="image", help="field; images that share it are never paired")
     add("--step", type=int, default=500, help="noise: of 1000 (default %(default)s)")
+    add("--allow-outside", action="store_true", help="permit image paths out of the data's folder")
     add("--mapping", default="synthetic.jsonl", help="synthetic: file of {image, contrast_image}")
     args = parser.parse_args(argv)
     run = {"check": check, "contrast": contrast}[args.command]

@@ -404,7 +404,7 @@ def report(args):
     page = template("report.html").render(
         title=f"{Path(args.data).name}: {what}", marked=marked, figures=figures,
         spread=spread, everything=records, records=tqdm(shown, desc="report"),
-        picture=lambda image: image_url(open_image(image, root), 480))
+        picture=lambda image: image_url(open_image(image, root, args.allow_outside), 480))
     Path(args.out).write_text(page, encoding="utf-8")
     print(f"{args.out}: {what}")
 
@@ -441,6 +441,7 @@ def main(argv=None):
     add("data", help="prefs.jsonl")
     add("--out", required=True, help="the page (.html)")
     add("--limit", type=int, default=100, help="records shown (default 100)")
+    add("--allow-outside", action="store_true", help="show images outside the data's folder, too")
     args = parser.parse_args(argv)
     command(lambda: build(args) if args.command == "build" else report(args))
 

@@ -226,3 +226,9 @@ def test_embeddings_are_cached_by_content(folder, encoder):
     changed, _ = data.embed(files, encoder, folder / "cache", batch=4)
     assert len(list((folder / "cache").iterdir())) == 3
     assert torch.equal(first[:6], changed[:6]) and not torch.allclose(first[6], changed[6])
+
+
+def test_an_output_without_a_suffix_is_named(folder, tmp_path, capsys):
+    """The pictures' folder has the file's name without it."""
+    run(folder, "--kind", "black", "--out", tmp_path / "pairs", code=2)
+    assert "pairs.jsonl" in capsys.readouterr().err

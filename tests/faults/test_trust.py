@@ -1,4 +1,4 @@
-"""Nothing that is loaded can run code, keys stay in memory, paths stay inside, numbers are checked."""
+"""Nothing loaded can run code, keys stay in memory, paths stay inside, numbers are checked."""
 import json
 import pickle
 import shutil
@@ -8,6 +8,7 @@ import torch
 
 import data
 import harness
+import respond
 import train
 from conftest import save_llava15
 from data import Problem
@@ -100,6 +101,17 @@ def test_paths_out_of_the_data_folder_need_a_flag(job, tmp_path, capsys):  # noq
         message = capsys.readouterr().err
         assert f"{path}:1: " in message and "--allow-outside" in message
         train.main([*command, "--allow-outside"])
+        for module, other in ((data, ["contrast", str(path), "--kind", "black"]),
+                              (data, ["contrast", str(path), "--kind", "random"]),
+                              (respond, ["report", str(path)])):
+            again = [*other, "--out", str(tmp_path / "deep" / "out.jsonl")]
+            with pytest.raises(SystemExit) as end:
+                module.main(again)
+            assert end.value.code == 2 and "--allow-outside" in capsys.readouterr().err
+            try:
+                module.main([*again, "--allow-outside"])
+            except SystemExit as end:
+                assert end.code == 0
 
 
 # --- numbers -----------------------------------------------------------------------------------
