@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import random
 import shutil
 import signal
 import sqlite3
@@ -89,7 +90,7 @@ def options():
     add(g, "prompt-format", ("auto", "vicuna", "chat"), "auto: vicuna for LLaVA-1.5, else chat")
     add(g, "dtype", ("auto", "bfloat16", "float32"), "of the frozen weights; auto: bf16 on CUDA")
     add(g, "load-4bit", False, "NF4 base weights (CUDA, bitsandbytes): for cards of 24 GB")
-    add(g, "device", "auto", "cuda or cpu; auto: CUDA when there is one")
+    add(g, "device", ("auto", "cuda", "cpu"), "auto: CUDA when there is one")
     add(g, "grad-checkpointing", False, "recompute activations: less memory, a third slower")
     add(g, "no-share-prefix", False, "plain padded sequences, for models that cannot pack")
     g = parser.add_argument_group("run")
@@ -140,8 +141,13 @@ def prepare(args):
     torch.manual_seed(args.seed)
     if args.model == TINY_PRESET["model"]:
         torch.set_num_threads(1)  # its matrices are too small to be shared between threads
-    cuda = args.device.startswith("cuda") or args.device == "auto" and torch.cuda.is_available()
+    cuda = torch.cuda.is_available() and args.device != "cpu"
+    need(cuda or args.device != "cuda", "--device cuda: PyTorch finds no CUDA GPU here")
     args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
+    if cuda:
+        torch.cuda.set_device(args.device)  # where NCCL gathers what is no tensor
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if cuda else "gloo")
     args.workers = 2 * cuda if args.workers is None else args.workers
     if args.dtype == "auto":
         args.dtype = "bfloat16" if cuda else "float32"
@@ -328,49 +334,43 @@ def claim_folder(args, rank=0):
 
 
 def save_checkpoint(run, step, optimizer):
-    """checkpoint-STEP: adapter in PEFT's format, optimiser, random state, options. It is written
-    under another name, flushed and renamed; older checkpoints go only after that. Raises Problem
-    when it cannot be written, and leaves the older ones."""
+    """checkpoint-STEP: adapter in PEFT's format, optimiser, options. It is written under
+    another name, flushed and renamed; older checkpoints go only after that. Raises Problem when it
+    cannot be written, and leaves the older ones."""
     final = run.args.out / f"checkpoint-{step}"
     temporary = run.args.out / f"unfinished-{os.environ.get('RANK', 0)}"
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        if not final.exists():
-            run.policy.save_pretrained(temporary)
-            rng = [torch.get_rng_state()]
-            rng += torch.cuda.get_rng_state_all() * torch.cuda.is_available()
-            torch.save({"optimizer": optimizer.state_dict(), "rng": rng}, temporary / "state.pt")
-            (temporary / "run.json").write_text(json.dumps(run.identity, indent=1))
-            for path in [*temporary.iterdir(), temporary]:
-                handle = os.open(path, os.O_RDONLY)
-                os.fsync(handle)
-                os.close(handle)
-            temporary.rename(final)
-    except Exception as e:  # a full disk is an OSError, a RuntimeError or a SafetensorError
+        with problem_at(f"{final}: cannot be written, earlier checkpoints are as they were and "
+                        "--resume goes on from the last", Exception):  # disks have several kinds
+            if not final.exists():
+                run.policy.save_pretrained(temporary)
+                torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
+                (temporary / "run.json").write_text(json.dumps(run.identity, indent=1))
+                for path in [*temporary.iterdir(), temporary]:
+                    handle = os.open(path, os.O_RDONLY)
+                    os.fsync(handle)
+                    os.close(handle)
+                temporary.rename(final)
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise Problem(f"{final}: cannot be written ({e}); earlier checkpoints are as they were, "
-                      "--resume goes on from the last") from e
     for old in run.args.out.glob("checkpoint-*[0-9]"):
         if old != final:
             shutil.rmtree(old)
 
 
 def load_checkpoint(run, folder, optimizer):
-    """Put adapter, optimiser and random state back and return the step to go on with.
+    """Put adapter and optimiser back and return the step to go on with.
 
     Raises Problem for another run's checkpoint or a damaged one."""
     with problem_at(f"{folder}: damaged, cannot resume from it", Exception):
         old = json.loads((folder / "run.json").read_text())
         adapter = peft.load_peft_weights(folder, "cpu")
-        state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+        state = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
     changed = [f"{k} was {old.get(k)!r}, is {v!r}" for k, v in run.identity.items()
                if old.get(k) != v]
     need(not changed, f"{folder}: cannot resume, this is another run: {'; '.join(changed)}")
     peft.set_peft_model_state_dict(run.policy, adapter)
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"][0])
-    if len(state["rng"]) > 1:
-        torch.cuda.set_rng_state_all(state["rng"][1:])
+    optimizer.load_state_dict(state)
     return int(folder.name.split("-")[1])
 
 
@@ -418,20 +418,21 @@ def print_facts(run, rows):
           f"output      {args.out}", data.describe(run.processor, run.fmt, rows[0]), sep="\n")
 
 
-def held_out(run):
-    """{eval/name: mean} over the held-out records, and two greedy samples."""
+def held_out(run, rank, world):
+    """{eval/name: mean} over the held-out records of all processes, and two greedy samples."""
     sums = Counter()
+    run.policy.eval()
     with torch.no_grad():
-        for i in range(len(run.held_out)):
+        for i in range(rank, len(run.held_out), world):
             rows, keys = merge([load(run, run.held_out, i)], run.args, {})
             found = compute(run, rows, keys)[1]
             sums.update({"records": 1, **{k: v.item() for k, v in found.items()}})
     records = run.held_out[:2]
     images = [data.open_image(r["image"], r["root"]) for r in records]
     prompts = [record["prompt"] for record in records]
-    run.policy.eval()
     samples = respond.generate_batch(run.policy, run.processor, run.fmt, prompts, images, 128)
     run.policy.train()
+    sums = over_processes(sums)
     means = {f"eval/{name}": value / sums["records"] for name, value in sums.items()}
     return {**means, "samples": [f"{p} -> {y}" for p, y in zip(prompts, samples)]}
 
@@ -450,8 +451,6 @@ def over_processes(sums):
 def train(args):
     """The loop: lr, micro-batches, clip, step, log, evaluate, save. Returns the run and its end."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo" if args.device == "cpu" else "nccl")
     lock, checkpoint = claim_folder(args, rank)
     board = None
     if args.tensorboard and rank == 0:
@@ -475,6 +474,9 @@ def train(args):
         worker_init_fn=lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN)))  # ours to act on
     bar = tqdm(total=args.steps, initial=start, unit="step", disable=rank > 0 or None)
     for step in range(start, args.steps):
+        # Randomness (of LoRA's dropout) by step and process: a resumed run needs no other state.
+        torch.manual_seed(random.Random(f"{args.seed} {step} {rank}").getrandbits(63))
+
         # Learning rate: linear warm-up, then half a cosine down to 0.
         warm = max(1, round(args.warmup * args.steps))
         decay = (1 + math.cos(math.pi * (step - warm) / max(1, args.steps - warm))) / 2
@@ -520,7 +522,8 @@ def train(args):
             p.grad /= sums["records"]
         norm = torch.nn.utils.clip_grad_norm_(weights, args.clip).item()
         if not math.isfinite(sums["loss"] + norm):
-            save_checkpoint(run, step, optimizer)
+            if rank == 0:
+                save_checkpoint(run, step, optimizer)
             raise Problem(f"step {step}: loss {sums['loss']:g}, gradient norm {norm:g}, at record "
                           f"numbers {sorted(numbers)} (from 0); the state before this step is in "
                           f"{args.out / f'checkpoint-{step}'}")
@@ -533,10 +536,10 @@ def train(args):
         line = {"step": done, **{name: value / records for name, value in sums.items()},
                 "lr": lr, "grad_norm": norm, "records": records,
                 "tokens_per_second": tokens / seconds, "data_wait": waited / world / seconds}
+        if run.held_out and (done % args.sample_every == 0 or done == args.steps):
+            line.update(held_out(run, rank, world))
         if rank == 0:
-            if run.held_out and (done % args.sample_every == 0 or done == args.steps):
-                line.update(held_out(run))
-                bar.write("\n".join(f"step {done}: {sample}" for sample in line["samples"]))
+            bar.write("".join(f"step {done}: {text}\n" for text in line.get("samples", ())), end="")
             for name in [k for k, v in line.items() if board and isinstance(v, float)]:
                 board.add_scalar(name, line[name], done)
             with open(args.out / "metrics.jsonl", "a") as f:
@@ -573,6 +576,7 @@ def main(argv=None):
     try:
         args = parse_args(argv)
         run, done = train(args)
+        skipped = over_processes(run.skipped)
         if os.environ.get("RANK", "0") != "0":
             return  # rank 0 speaks for all
         if args.model == TINY_PRESET["model"] and done == args.steps:
@@ -583,7 +587,7 @@ def main(argv=None):
             hint = f"; this run writes to {args.out} and {args.cache}"
         print(f"error: {e}{hint}", file=sys.stderr)
         sys.exit(2)
-    for reason in run.skipped:
+    for reason in skipped:
         print(f"left out: {reason}")
     print(f"adapter     {args.out / f'checkpoint-{done}'} (PEFT), curves {args.out / 'curves.png'}")
     if done < args.steps:

@@ -23,8 +23,8 @@ def contrasts(folder, records):
     for kind in KINDS:
         out = folder / f"{kind}.jsonl"
         try:
-            data.main(["contrast", str(data.TINY / "prefs.jsonl"), "--out", str(out), "--kind", kind,
-                       "--encoder", str(data.TINY / "model"), "--step", "300",
+            data.main(["contrast", str(data.TINY / "prefs.jsonl"), "--out", str(out),
+                       "--kind", kind, "--encoder", str(data.TINY / "model"), "--step", "300",
                        "--mapping", str(folder / "edits.jsonl")])
         except SystemExit as end:
             assert end.code == 0

@@ -129,9 +129,9 @@ def test_special_tokens_in_user_text_stay_text(processor):
 
 
 @pytest.mark.parametrize("template, separator, end", [
-    ("{% for m in messages %}{{ m.role.upper() }}: {% for c in m.content %}{{ '<image>\n' if c.type "
-     "== 'image' else c.text }}{% endfor %}{% if m.role == 'assistant' %}</s>{% else %} {% endif %}"
-     "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}", "", "</s>"),
+    ("{% for m in messages %}{{ m.role.upper() }}: {% for c in m.content %}{{ '<image>\n' if "
+     "c.type == 'image' else c.text }}{% endfor %}{% if m.role == 'assistant' %}</s>{% else %} "
+     "{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}", "", "</s>"),
     ("{% for m in messages %}{{ m.role }}\n{% for c in m.content %}{{ '<image>' if c.type == "
      "'image' else c.text }}{% endfor %}<end>\n{% endfor %}"
      "{% if add_generation_prompt %}assistant\n{% endif %}", "", "<end>"),

@@ -63,7 +63,8 @@ def train_job(w, name):
 def generate_job(w, name):
     out = w.folder / name
     return "evaluate", ["generate", "--benchmark", "amber", "--data", w.amber, "--model", w.llava,
-                        "--out", out, "--batch-size", 4, "--max-new-tokens", 24, "--dimension", "g"], answers, out
+                        "--out", out, "--batch-size", 4, "--max-new-tokens", 24, "--dimension",
+                        "g"], answers, out
 
 
 def judge_job(w, name):
@@ -106,7 +107,7 @@ def records(out):
 
 def lives(w, job, kills, wound):
     """Outcomes of `kills` SIGKILLs: a run is killed and resumed until it comes to its end, which
-    after twelve kills it may undisturbed. wound(...) starts a life and says whether it was killed."""
+    after twelve kills undisturbed. wound(...) starts a life and says whether it was killed."""
     module, argv, state, out = job(w, f"{job.__name__}-whole")
     log = w.folder / f"{job.__name__}.log"
     harness.run("train", ["--help"], w.folder / "warm-up.log")
@@ -307,9 +308,9 @@ def server(reply):
                 text = reply(body, self)
                 if text is not None:
                     message = {"role": "assistant", "content": text}
-                    self.send(200, {"id": "c", "object": "chat.completion", "created": 0, "model": "m",
-                                    "choices": [{"index": 0, "finish_reason": "stop",
-                                                 "message": message}]})
+                    choice = {"index": 0, "finish_reason": "stop", "message": message}
+                    self.send(200, {"id": "c", "object": "chat.completion", "created": 0,
+                                    "model": "m", "choices": [choice]})
     it = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     it.handle_error = lambda *_: None  # clients that were killed
     it.daemon_threads = True
@@ -337,7 +338,8 @@ def mad_server(w, n=300):
     """Every second request is refused, cut, delayed or garbled; each question is one outcome."""
     import respond
     rng, lock, tries = random.Random(4), threading.Lock(), collections.Counter()
-    bad = [lambda h, s=s: h.send(s, {"error": {"message": "no"}}) for s in (429, 500, 502, 503, 408)]
+    bad = [lambda h, s=s: h.send(s, {"error": {"message": "no"}})
+           for s in (429, 500, 502, 503, 408)]
     bad += [cut_short, hang_up, lambda h: h.send(200, b"<html>"), lambda h: h.send(200, {}),
             lambda h: h.send(200, {"choices": []}), lambda h: time.sleep(1.5)]
 
@@ -354,8 +356,9 @@ def mad_server(w, n=300):
     again = dict(respond.ask_all(questions, w.folder / "mad.jsonl", **options))
     stop()
     for i in range(n):
-        good = got[f"q{i}"] == again[f"q{i}"] == f"re: question {i}" and tries[f"question {i}"] <= 20
-        yield "" if good and sum(tries.values()) == asked else f"q{i}: {got[f'q{i}']}"
+        good = got[f"q{i}"] == again[f"q{i}"] == f"re: question {i}"
+        bounded = tries[f"question {i}"] <= 20 and sum(tries.values()) == asked
+        yield "" if good and bounded else f"q{i}: {got[f'q{i}']}"
 
 
 # --- the table ----------------------------------------------------------------------------------
@@ -398,7 +401,8 @@ def main():
             stop()
         lost = [o for o in outcomes if o]
         rows.append({"fault": name, "tried": len(outcomes), "survived": len(outcomes) - len(lost),
-                     "lost": len(lost), "seconds": round(time.time() - began), "failures": lost[:9]})
+                     "lost": len(lost), "failures": lost[:9],
+                     "seconds": round(time.time() - began)})
         print(json.dumps(rows[-1]), flush=True)
     import peft
     import torch

@@ -80,7 +80,7 @@ def killed_after(seconds, module, argv, log):
 
 
 def training(out):
-    """What two equal runs have in common, bit by bit: losses, weights, optimiser, names of files."""
+    """What two equal runs have in common, bit by bit: losses, weights, optimiser, file names."""
     import torch
     from safetensors.torch import load_file
     out = Path(out)
@@ -88,7 +88,7 @@ def training(out):
     for line in lines:
         del line["tokens_per_second"], line["data_wait"]
     [last] = out.glob("checkpoint-*")
-    state = torch.load(last / "state.pt", weights_only=True)["optimizer"]["state"]
+    state = torch.load(last / "optimizer.pt", weights_only=True)["state"]
     tensors = {**load_file(last / "adapter_model.safetensors"),
                **{f"{k} {n}": v for k, values in state.items() for n, v in values.items()}}
     return {"lines": lines, "names": sorted(str(p.relative_to(out)) for p in out.rglob("*")),

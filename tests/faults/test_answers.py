@@ -17,10 +17,11 @@ def asked(llava, prefs, tmp_path_factory):
     shutil.copytree(prefs.parent, base / "image")
     (base / "query").mkdir()
     (base / "query" / "query_all.json").write_text(json.dumps(
-        [{"id": i, "image": f"m{i}.png", "query": "Is it " + "very " * i + "big?"} for i in range(10)]))
+        [{"id": i, "image": f"m{i}.png", "query": "Is it " + "very " * i + "big?"}
+         for i in range(10)]))
     (base / "annotations.json").write_text(json.dumps([{"type": "generative"}] * 10))
-    argv = ["generate", "--benchmark", "amber", "--data", base, "--model", llava, "--batch-size", "4",
-            "--max-new-tokens", "16", "--temperature", "1", "--dimension", "g"]
+    argv = ["generate", "--benchmark", "amber", "--data", base, "--model", llava,
+            "--batch-size", "4", "--max-new-tokens", "16", "--temperature", "1", "--dimension", "g"]
     assert harness.run("evaluate", [*argv, "--out", base / "whole"], base / "log") == 0, \
         (base / "log").read_text()
     return argv, (base / "whole" / "answers.jsonl").read_bytes()

@@ -1,4 +1,4 @@
-"""Killed at any file operation or moment, stopped politely: the resumed run equals the whole one."""
+"""Killed at any file operation or moment, or stopped politely: resumed, it equals the whole run."""
 import os
 import random
 import signal
@@ -16,7 +16,7 @@ FEW = ("--lora-r 2 --lora-alpha 4 --lr 1e-2 --steps 4 --batch-size 3 --save-ever
 @pytest.fixture(scope="module")
 def job(llava, tmp_path_factory):
     """job(name, *options) -> (argv, folder, log) of a training run with its own reference cache;
-    job.whole is what the uninterrupted run left behind, job.events its number of file operations."""
+    job.whole is what the uninterrupted run left, job.events its number of file operations."""
     base = tmp_path_factory.mktemp("kill")
     (base / "data").mkdir()
     prefs = write_prefs(base / "data", n=6)

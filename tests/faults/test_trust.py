@@ -35,11 +35,11 @@ def test_a_pickle_in_a_checkpoint_does_not_run(job, tmp_path, capsys):  # noqa: 
     [folder] = (tmp_path / "run").glob("checkpoint-*")
     trace = tmp_path / "it-ran"
     command = [*map(str, argv), "--out", str(tmp_path / "run"), "--resume"]
-    state = (folder / "state.pt").read_bytes()
-    torch.save(Harmful(trace), folder / "state.pt")
+    state = (folder / "optimizer.pt").read_bytes()
+    torch.save(Harmful(trace), folder / "optimizer.pt")
     with pytest.raises(SystemExit):
         train.main(command)
-    (folder / "state.pt").write_bytes(state)
+    (folder / "optimizer.pt").write_bytes(state)
     (folder / "adapter_model.safetensors").unlink()
     (folder / "adapter_model.bin").write_bytes(pickle.dumps(Harmful(trace)))
     with pytest.raises(SystemExit):
