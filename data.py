@@ -24,6 +24,7 @@ import hashlib
 import importlib.metadata
 import io
 import json
+import math
 import os
 import random
 import re
@@ -86,6 +87,15 @@ def problem_at(where, kinds=Problem):
     except kinds as e:
         first_line = str(e).strip().partition("\n")[0]
         raise Problem(f"{where}: {first_line or type(e).__name__}") from e
+
+
+def within(low, high=math.inf, kind=int):
+    """A type for argparse: a number of this kind, finite and from low to high."""
+    def number(text):
+        if not low <= kind(text) <= high or math.isinf(kind(text)):
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return kind(text)
+    return number
 
 
 def command(run):
@@ -569,7 +579,7 @@ def main(argv=None):
     add("data", help="prefs.jsonl or a parquet file")
     add("--model", help="also render and tokenise for this model (folder or hub name)")
     add("--prompt-format", choices=("auto", "vicuna", "chat"), default="auto")
-    add("--max-length", type=int, default=2048, help="tokens (default %(default)s)")
+    add("--max-length", type=within(1), default=2048, help="tokens (default %(default)s)")
     add("--allow-outside", action="store_true", help="permit image paths out of the data's folder")
     add = commands.add_parser("contrast", help="give every record a contrast image").add_argument
     add("data", help="records (.jsonl) or a folder of images")
@@ -581,7 +591,7 @@ def main(argv=None):
     add("--min-sim", type=float, default=-1.0, help="clip: least cosine of a neighbour")
     add("--max-sim", type=float, default=0.98, help="clip: over it are duplicates (%(default)s)")
     add("--group", default="image", help="field; images that share it are never paired")
-    add("--step", type=int, default=500, help="noise: of 1000 (default %(default)s)")
+    add("--step", type=within(1, 1000), default=500, help="noise: of 1000 (default %(default)s)")
     add("--allow-outside", action="store_true", help="permit image paths out of the data's folder")
     add("--mapping", default="synthetic.jsonl", help="synthetic: file of {image, contrast_image}")
     args = parser.parse_args(argv)

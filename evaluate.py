@@ -28,7 +28,7 @@ from pathlib import Path
 from string import Template
 
 import data
-from data import TINY, Later, Problem, need, problem_at
+from data import TINY, Later, Problem, need, problem_at, within
 from tqdm import tqdm
 
 respond, torch = Later("respond"), Later("torch")
@@ -603,11 +603,11 @@ def parse_args(argv):
     add("--protocol", choices=("symmpo", "official"), default="symmpo")
     add("--dimension", choices=("a", "g", "d", "de", "da", "dr"), default="a",
         help="AMBER: all, captions, yes/no, or its existence, attribute, relation part")
-    add("--limit", type=int, help="only the first N questions")
-    add("--batch-size", type=int, default=16)
-    add("--max-new-tokens", type=int, default=1024)
-    add("--beams", type=int, default=1, help="the published scripts use 3")
-    add("--temperature", type=float, default=0.0, help="0: deterministic")
+    add("--limit", type=within(1), help="only the first N questions")
+    add("--batch-size", type=within(1), default=16)
+    add("--max-new-tokens", type=within(1), default=1024)
+    add("--beams", type=within(1), default=1, help="the published scripts use 3")
+    add("--temperature", type=within(0, kind=float), default=0.0, help="0: deterministic")
     add("--seed", type=int, default=0)
     add("--prompt-format", choices=("auto", "vicuna", "chat"), default="auto")
     add("--server", help="generate through this OpenAI-compatible server, e.g. http://host:8000/v1")

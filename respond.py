@@ -34,7 +34,7 @@ from pathlib import Path
 import numpy as np
 from data import (IMAGES, RESPONSES, Later, Problem, Records, command, encode_prompts, end_token_id,
                   fingerprint, image_records, load_model, need, open_image, problem_at,
-                  prompt_format)
+                  prompt_format, within)
 from tqdm import tqdm
 
 httpx2, jinja2, openai, torch, transformers = map(
@@ -432,15 +432,16 @@ def main(argv=None):
         add(f"--{role}", required=True, metavar="MODEL", help=task)
         add(f"--{role}-url", required=role == "writer", metavar="URL", help="its server, "
             "http://host:port/v1" + " (without: a local model)" * (role != "writer"))
-    add("--samples", type=int, default=4, help="answers of the policy (default 4)")
-    add("--max-side", type=int, default=1024, help="px of images sent (default 1024)")
-    add("--concurrency", type=int, default=8, help="requests at a time (default 8)")
-    add("--timeout", type=float, default=120, help="seconds a request (default 120)")
+    add("--samples", type=within(1), default=4, help="answers of the policy (default 4)")
+    add("--max-side", type=within(1), default=1024, help="px of images sent (default 1024)")
+    add("--concurrency", type=within(1), default=8, help="requests at a time (default 8)")
+    add("--timeout", type=within(1, kind=float), default=120,
+        help="seconds a request (default 120)")
     add("--allow-outside", action="store_true", help="send images outside the data's folder, too")
     add = commands.add_parser("report", help="look at records in a browser").add_argument
     add("data", help="prefs.jsonl")
     add("--out", required=True, help="the page (.html)")
-    add("--limit", type=int, default=100, help="records shown (default 100)")
+    add("--limit", type=within(1), default=100, help="records shown (default 100)")
     add("--allow-outside", action="store_true", help="show images outside the data's folder, too")
     args = parser.parse_args(argv)
     command(lambda: build(args) if args.command == "build" else report(args))

@@ -30,7 +30,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import data
-from data import TINY, Later, Problem, need, problem_at
+from data import TINY, Later, Problem, need, problem_at, within
 from tqdm import tqdm
 
 evaluate, peft, respond, symmpo, torch = map(
@@ -44,21 +44,23 @@ TINY_PRESET = dict(model=f"{TINY}/model", data=f"{TINY}/prefs.jsonl", eval_data=
 MAY_CHANGE = ("resume", "out", "save_every", "sample_every", "workers", "tensorboard", "cache")
 
 
+def add(group, name, value, text):
+    """One option; value: its default, its choices (the default first), or its type."""
+    if value is False:
+        group.add_argument(f"--{name}", action="store_true", help=text)
+    elif callable(value):
+        group.add_argument(f"--{name}", type=value, help=text)
+    else:
+        first, choices = (value[0], value) if isinstance(value, tuple) else (value, None)
+        kind = str if isinstance(first, str) else within(0, kind=type(first))
+        group.add_argument(f"--{name}", default=first, type=kind, choices=choices,
+                           help=f"{text} (default {first})")
+
+
 def options():
     """Every knob on its line: default (the paper's unless the text says so), unit, reason."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def add(group, name, value, text):  # value: a default, choices (the default first) or a type
-        if value is False:
-            group.add_argument(f"--{name}", action="store_true", help=text)
-        elif isinstance(value, type):
-            group.add_argument(f"--{name}", type=value, help=text)
-        else:
-            first, choices = (value[0], value) if isinstance(value, tuple) else (value, None)
-            group.add_argument(f"--{name}", default=first, type=type(first), choices=choices,
-                               help=f"{text} (default {first})")
-
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     g = parser.add_argument_group("what")
     add(g, "model", str, "model folder or hub name; without it, the bundled tiny world")
     add(g, "data", str, "prefs.jsonl or parquet (`python data.py --help` has the form)")
@@ -75,11 +77,11 @@ def options():
     add(g, "weight-decay", 0.01, "AdamW's decoupled decay of the adapter weights")
     add(g, "clip", 1.0, "largest norm of the gradient")
     add(g, "seed", 0, "of data order, adapter initialisation and crops")
-    g = parser.add_argument_group("loss", "defaults go by objective")
-    add(g, "beta", float, "scale of the log-ratios, 1/nats (0.1)")
-    add(g, "lam", float, "weight of Pair (symmpo 0.5) or of CoPO (mdpo 1)")
-    add(g, "gamma", float, "weight of Margin (symmpo 1e-4)")
-    add(g, "eta", float, "weight of the anchors (symmpo and mdpo 1, others 0)")
+    g, weight = parser.add_argument_group("loss", "defaults go by objective"), within(0, kind=float)
+    add(g, "beta", weight, "scale of the log-ratios, 1/nats (0.1)")
+    add(g, "lam", weight, "weight of Pair (symmpo 0.5) or of CoPO (mdpo 1)")
+    add(g, "gamma", weight, "weight of Margin (symmpo 1e-4)")
+    add(g, "eta", weight, "weight of the anchors (symmpo and mdpo 1, others 0)")
     add(g, "delta", float, "threshold that anchors hold beta * rho above (0)")
     add(g, "anchors", str, "comma-separated cells among yw, yl, ml, yw' (mDPO Table 4)")
     g = parser.add_argument_group("model")
@@ -101,7 +103,7 @@ def options():
     add(g, "skip-bad", False, "leave unusable records out and list them at the end")
     add(g, "allow-outside", False, "permit image paths that leave the data file's folder")
     add(g, "cache", "~/.cache/symmpo", "folder of the reference's log-probs")
-    add(g, "workers", int, "processes that read images ahead of the step (CUDA 2, CPU 0)")
+    add(g, "workers", within(0), "processes that read images ahead of the step (CUDA 2, CPU 0)")
     add(g, "tensorboard", False, "also write TensorBoard events, if it is installed")
     return parser
 
@@ -112,9 +114,10 @@ def parse_args(argv=None):
     if not parser.parse_known_args(argv)[0].model:
         parser.set_defaults(**TINY_PRESET)
     args = parser.parse_args(argv)
-    for key in ("epochs", "batch_size", "micro_batch", "lr", "lora_r", "max_length",
+    for key in ("epochs", "batch_size", "micro_batch", "lr", "clip", "lora_r", "max_length",
                 "sample_every", "save_every"):
-        need(0 < getattr(args, key) < math.inf, f"--{key.replace('_', '-')} must be above 0")
+        need(getattr(args, key), f"--{key.replace('_', '-')} must be above 0")
+    need(max(args.warmup, args.lora_dropout) < 1, "--warmup and --lora-dropout must be below 1")
     need(args.data, "--data is missing: the preference records to train on")
     need(args.out or not args.resume, "--resume needs --out, the folder of the run to go on with")
     need(not args.no_image or args.objective in ("dpo", "sft"),

@@ -181,8 +181,8 @@ def test_the_chat_template_is_the_vicuna_prompt(model):
 
 def test_make_builds_the_same_twice(tmp_path, capsys):
     """In two processes at a time."""
-    other = subprocess.Popen([sys.executable, TINY / "make.py", "--out", tmp_path / "b",
-                              "--quick"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    other = subprocess.Popen([sys.executable, TINY / "make.py", "--out", tmp_path / "b", "--quick"],
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     make.main(["--out", str(tmp_path / "a"), "--quick"])
     assert other.wait() == 0
     first, second = (json.loads((tmp_path / n / "manifest.json").read_text()) for n in "ab")

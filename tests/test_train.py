@@ -96,7 +96,7 @@ def test_records_are_read_ahead_of_the_step(fit, tmp_path, monkeypatch):
     for workers in (0, 1):
         fit("--batch-size", 2, "--steps", 2, "--workers", workers, out=tmp_path / str(workers))
         waits.append([line["data_wait"] for line in train.read_metrics(tmp_path / str(workers))])
-    assert min(waits[0]) > 0.1 and max(waits[1][1:]) < 0.03
+    assert min(waits[0]) > 0.1 and max(waits[1][1:]) < min(waits[0]) / 4
 
 
 def test_resume_is_exact(fit, tmp_path, monkeypatch):
@@ -120,7 +120,7 @@ def test_resume_is_exact(fit, tmp_path, monkeypatch):
 
 
 def test_two_processes_equal_one(llava, prefs, fit, tmp_path):
-    """Losses, held-out loss, adapter, and the list of bad records, of which the second meets one."""
+    """Losses, held-out loss, adapter, and the list of bad records: the second process meets one."""
     lines = prefs.read_text().splitlines(True)
     second = train.batch_of(0, 13, SimpleNamespace(batch_size=5, seed=0))[1]
     broken, out = prefs.with_name("broken-for-two.jsonl"), tmp_path / "two"
@@ -261,8 +261,10 @@ def test_bad_input_is_named(llava, prefs, tmp_path, capsys, fit):
         (["--model", tmp_path, "--data", prefs, "--out", tmp_path / "d"], "no vision-language"),
     ]:
         assert reason in refusal(capsys, *argv)
-    for argv in (["--objective", "ppo"], ["--no-such-option"]):
-        assert refusal(capsys, *argv)
+    for argv in (["--objective", "ppo"], ["--no-such-option"], ["--workers", -1], ["--steps", -1],
+                 ["--lora-dropout", 1], ["--beta", -1], ["--clip", "inf"], ["--epochs", "nan"],
+                 ["--device", "cuda:1"], ["--warmup", "x"]):
+        assert argv[0] in refusal(capsys, *argv)
     losses, _, text = fit("--skip-bad", "--steps", 4, data=broken)
     assert len(losses) == 4 and text.count("left out: ") == 3
     assert f"{broken}:13: the objective needs the field rejected" in text

@@ -9,8 +9,10 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
 import data
+import evaluate
 import harness
 import mutate
+import respond
 import train
 from data import Problem
 from test_kill import job  # noqa: F401
@@ -167,3 +169,19 @@ def test_bad_held_out_records_are_found_before_the_first_step(job, capsys):  # n
     train.main([*command, "--skip-bad", "--out", str(out) + "2"])
     assert capsys.readouterr().out.count("left out") == 2
     assert "eval/loss" in train.read_metrics(out.with_name(out.name + "2"))[-1]
+
+
+@pytest.mark.parametrize("module, command", [
+    (train, "--workers -1"), (train, "--lora-dropout -0.5"), (train, "--weight-decay -1"),
+    (evaluate, "generate --beams 0"), (evaluate, "generate --limit -1"),
+    (evaluate, "generate --temperature nan"), (evaluate, "run --batch-size 0"),
+    (respond, "report x --out y --limit 0"), (respond, "report x --out y --limit 1.5"),
+    (respond, "build x --out y --captioner a --policy b --writer c --writer-url d --concurrency 0"),
+    (respond, "build x --out y --captioner a --policy b --writer c --writer-url d --timeout inf"),
+    (data, "contrast x --out y --step 2000"), (data, "check x --max-length 0")])
+def test_numbers_without_a_meaning_are_refused(module, command, capsys):
+    with pytest.raises(SystemExit) as end:
+        module.main(command.split())
+    *_, option, number = command.split()
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and f"argument {option}: " in said and number in said
