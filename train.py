@@ -474,6 +474,7 @@ def train(args):
         range(n), batch_sampler=micro_batches(start, n, args, rank, world),
         collate_fn=lambda numbers: [load(run, run.records, i) for i in numbers],
         num_workers=args.workers, multiprocessing_context="fork" if args.workers else None,
+        pin_memory=args.device != "cpu",  # by a thread, which also takes over from the workers
         worker_init_fn=lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN)))  # ours to act on
     bar = tqdm(total=args.steps, initial=start, unit="step", disable=rank > 0 or None)
     for step in range(start, args.steps):

@@ -89,14 +89,14 @@ def test_last_short_batch_is_divided_by_its_real_size(fit):
 
 
 def test_records_are_read_ahead_of_the_step(fit, tmp_path, monkeypatch):
-    """On a slow disk (0.05 s a record) a step that takes longer waits for none with a worker."""
+    """On a slow disk (0.1 s a record) a step that takes longer waits for none with a worker."""
     load, table, waits = train.load, train.policy_table, []
-    monkeypatch.setattr(train, "load", lambda *args: (time.sleep(0.05), load(*args))[1])
+    monkeypatch.setattr(train, "load", lambda *args: (time.sleep(0.1), load(*args))[1])
     monkeypatch.setattr(train, "policy_table", lambda *args: (time.sleep(0.15), table(*args))[1])
     for workers in (0, 1):
         fit("--batch-size", 2, "--steps", 2, "--workers", workers, out=tmp_path / str(workers))
         waits.append([line["data_wait"] for line in train.read_metrics(tmp_path / str(workers))])
-    assert min(waits[0]) > 0.1 and max(waits[1][1:]) < min(waits[0]) / 4
+    assert min(waits[0]) > 0.1 and max(waits[1][1:]) < min(waits[0]) / 3
 
 
 def test_resume_is_exact(fit, tmp_path, monkeypatch):
