@@ -387,7 +387,7 @@ def questions(benchmark, folder, protocol="symmpo", dimension="a", allow_outside
     """[(prompt, image or None, answer record without the answer)]: what the model is asked."""
     spec, items = BENCHMARKS[benchmark], []
     rows, suffix = read(find(folder, *spec["questions"])), spec.get("suffix", {}).get(protocol, "")
-    if len(rows) != spec["items"]:
+    if len(rows) != spec["items"] and TINY not in Path(folder).resolve().parents:
         print(f"note: {len(rows)} questions in {folder}; {benchmark} as published has "
               f"{spec['items']}", file=sys.stderr)
     if benchmark == "amber":

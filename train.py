@@ -24,6 +24,7 @@ import signal
 import sqlite3
 import sys
 import time
+import warnings
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
@@ -35,6 +36,8 @@ from tqdm import tqdm
 
 evaluate, peft, respond, symmpo, torch = map(
     Later, ("evaluate", "peft", "respond", "symmpo", "torch"))
+
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT's use of it
 
 PACKABLE = ("llava", "llava_next", "llava_onevision", "idefics3", "smolvlm", "internvl")
 

@@ -452,6 +452,7 @@ def test_images_outside_the_data_folder_are_refused(amber, tmp_path, capsys, pla
     assert "outside the data folder" in capsys.readouterr().err
     items = evaluate.questions("amber", amber, allow_outside=True)
     assert Path(items[0][1]).samefile(tmp_path / "secret.png")
+    assert "amber as published has 15220" in capsys.readouterr().err
 
 
 def test_broken_images_are_named_before_the_model_is_loaded(amber):
