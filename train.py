@@ -472,7 +472,7 @@ def train(args):
         os.replace(args.out / "metrics.tmp", args.out / "metrics.jsonl")
     n, done, stopped = len(run.records), start, []
     handlers = {name: signal.signal(name, lambda number, _: stopped.append(number))
-                for name in (signal.SIGINT, signal.SIGTERM)}  # finish the step, save, then leave
+                for name in (signal.SIGINT, signal.SIGTERM)}  # leave the step undone, and save
     batches = iter(torch.utils.data.DataLoader(
         range(n), batch_sampler=micro_batches(start, n, args, rank, world),
         collate_fn=lambda numbers: [load(run, run.records, i) for i in numbers],
@@ -495,6 +495,8 @@ def train(args):
         began, sums, numbers = time.time(), Counter(), []
         share = len(batch_of(step, n, args)[rank::world])
         for _ in range(math.ceil(share / args.micro_batch)):
+            if stopped:
+                break
             asked = time.time()
             items = next(batches)
             sums["waited"] += time.time() - asked
@@ -519,6 +521,8 @@ def train(args):
         # One gradient for all processes, its norm clipped, one step of AdamW.
         sums.update(stopped=len(stopped))
         sums = over_processes(sums)
+        if sums.pop("stopped"):
+            break  # a resumed run takes this step from its start
         done = step + 1
         if not sums["records"]:
             continue  # every record of this batch was left out (--skip-bad)
@@ -538,15 +542,16 @@ def train(args):
         optimizer.zero_grad()
 
         # Log, look at held-out records, save. The means are over the whole optimiser step.
-        records, stop = sums.pop("records"), sums.pop("stopped")
-        seconds, tokens, waited = time.time() - began, sums.pop("tokens"), sums.pop("waited")
+        records, tokens, waited = map(sums.pop, ("records", "tokens", "waited"))
+        seconds = time.time() - began
         line = {"step": done, **{name: value / records for name, value in sums.items()},
                 "lr": lr, "grad_norm": norm, "records": records,
                 "tokens_per_second": tokens / seconds, "data_wait": waited / world / seconds}
         if run.held_out and (done % args.sample_every == 0 or done == args.steps):
             line.update(held_out(run, rank, world))
         if rank == 0:
-            bar.write("".join(f"step {done}: {text}\n" for text in line.get("samples", ())), end="")
+            for sample in line.get("samples", ()):
+                bar.write(f"step {done}: {sample}")
             for name in [k for k, v in line.items() if board and isinstance(v, float)]:
                 board.add_scalar(name, line[name], done)
             with open(args.out / "metrics.jsonl", "a") as f:
@@ -556,8 +561,6 @@ def train(args):
         bar.update()
         bar.set_postfix({k.rpartition("/")[2]: f"{line[k]:.3g}" for k in (
             "loss", "rewards/accuracies", "rewards/margins", "tokens_per_second") if k in line})
-        if stop:
-            break
     bar.close()
     if rank == 0:
         save_checkpoint(run, done, optimizer)

@@ -106,14 +106,14 @@ def test_resume_is_exact(fit, tmp_path, monkeypatch):
     real = symmpo.loss_terms
     calls = iter(range(99))
 
-    def stop_in_step_4(*args):  # a signal, as Ctrl-C sends it
+    def stop_in_step_4(*args):  # a signal, as Ctrl-C sends it: three steps are done
         if next(calls) == 14:
             os.kill(os.getpid(), signal.SIGINT)
         return real(*args)
     monkeypatch.setattr(symmpo, "loss_terms", stop_in_step_4)
     with pytest.raises(SystemExit) as e:
         fit(*options, out=out)
-    assert e.value.code == 130 and (out / "checkpoint-4").is_dir()
+    assert e.value.code == 130 and (out / "checkpoint-3").is_dir()
     monkeypatch.undo()
     resumed = fit(*options, "--resume", out=out)
     assert resumed[0] == pytest.approx(whole[0], abs=1e-6) and close(resumed[1], whole[1], 1e-6)
