@@ -43,8 +43,9 @@ PACKABLE = ("llava", "llava_next", "llava_onevision", "idefics3", "smolvlm", "in
 
 TINY_PRESET = dict(model=f"{TINY}/model", data=f"{TINY}/prefs.jsonl", eval_data=f"{TINY}/val.jsonl",
                    steps=100, batch_size=16, lr=5e-4, lora_r=16, lora_alpha=32, warmup=0.1)
-# What a resumed run may set anew; every other option makes it another run.
-MAY_CHANGE = ("resume", "out", "save_every", "sample_every", "workers", "tensorboard", "cache")
+# What a resumed run may set anew (and processes differ in); other options make it another run.
+MAY_CHANGE = ("resume", "out", "save_every", "sample_every", "workers", "tensorboard", "cache",
+              "device")
 
 
 def add(group, name, value, text):

@@ -115,6 +115,8 @@ def test_resume_is_exact(fit, tmp_path, monkeypatch):
         fit(*options, out=out)
     assert e.value.code == 130 and (out / "checkpoint-3").is_dir()
     monkeypatch.undo()
+    kept = json.loads((out / "checkpoint-3" / "run.json").read_text())
+    assert "device" not in kept  # on several GPUs each process has its own, and all may resume
     resumed = fit(*options, "--resume", out=out)
     assert resumed[0] == pytest.approx(whole[0], abs=1e-6) and close(resumed[1], whole[1], 1e-6)
 
