@@ -121,6 +121,20 @@ def test_resume_is_exact(fit, tmp_path, monkeypatch):
     assert resumed[0] == pytest.approx(whole[0], abs=1e-6) and close(resumed[1], whole[1], 1e-6)
 
 
+def test_kill_minus_nine_and_resume(llava, prefs, fit, tmp_path):
+    whole, out = fit("--steps", 8, "--save-every", 1), tmp_path / "killed"
+    command = [sys.executable, ROOT / "train.py", "--model", llava, "--data", prefs, "--out", out,
+               "--cache", tmp_path / "cache2", *FAST, "--steps", 8, "--save-every", 1]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    while not list(out.glob("checkpoint-[3-8]")) and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    resumed = fit("--steps", 8, "--save-every", 1, "--resume", out=out)
+    assert resumed[0] == pytest.approx(whole[0], abs=1e-5) and close(resumed[1], whole[1])
+
+
 def test_two_processes_equal_one(llava, prefs, fit, tmp_path):
     """Losses, held-out loss, adapter, and the list of bad records: the second process meets one."""
     lines = prefs.read_text().splitlines(True)
