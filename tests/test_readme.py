@@ -119,3 +119,26 @@ def test_speed_figures_are_the_measured_ones():
     sizes = re.findall(r"\| ([\d,]*\d)(?=,? )", text)
     assert len(ratios) >= 16 and set(ratios) <= measured, set(ratios) - measured
     assert len(sizes) == 8 and set(sizes) <= mib, set(sizes) - mib
+
+
+def test_limit_and_scale_figures_are_the_measured_ones():
+    text = " ".join(README[README.index("**Distance to the limit.**"):].split())
+    quick, mid, wide, scale = (
+        json.loads((ROOT / "bench_results" / f"{name}.json").read_text())[part] for name, part in
+        [("ladder-trl-memory-floor-quick", "floor"), ("floor-mid", "floor"),
+         ("floor-wide", "floor"), ("scale-small", "scale")])
+    shares = mid["time shares by operator"]
+    products = sum(v for k, v in shares.items() if k in ("mm", "addmm", "bmm"))
+    attention = sum(v for k, v in shares.items() if "attention" in k)
+    times, memory = zip(*(scale["steps"][axis]["exponent"]
+                          for axis in ("responses", "image tokens", "batch")))
+    last = scale["rows"][-1]
+    for claim in (
+            f"{quick['fraction'][0]:.2f} (quick), {mid['fraction'][0]:.2f} (mid-size",
+            f"{wide['fraction'][0]:.2f} with two layers", f"products ({products:.0%} of the step)",
+            f"attention kernel ({attention:.0%};", "would leave "
+            f"{mid['fraction if only products and attention took time']:.2f} if everything else",
+            f"{last['records']:,.0f} lines (1.6 GB) opens in {last['open s']:.1f} s",
+            "exponent {} in responses per prefix, {} in image tokens".format(*times),
+            f"and {times[2]} in batch, memory with {memory[0]}, {memory[1]} and {memory[2]}"):
+        assert claim in text, claim

@@ -106,8 +106,8 @@ def records(out):
 
 
 def lives(w, job, kills, wound):
-    """Outcomes of `kills` SIGKILLs: a run is killed and resumed until it comes to its end, which
-    after twelve kills undisturbed. wound(...) starts a life and says whether it was killed."""
+    """Outcomes of `kills` SIGKILLs: a run is killed and resumed until it comes to its end; after
+    twelve kills it is left alone. wound(...) starts a life and says whether it was killed."""
     module, argv, state, out = job(w, f"{job.__name__}-whole")
     log = w.folder / f"{job.__name__}.log"
     harness.run("train", ["--help"], w.folder / "warm-up.log")
