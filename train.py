@@ -4,607 +4,520 @@
     python train.py --model llava-hf/llava-1.5-7b-hf --data prefs.jsonl        your own data
     torchrun --nproc_per_node=2 train.py --model M --data prefs.jsonl          more processes
 
-How this departs from the paper and from the code published with it:
-- LoRA instead of tuning the whole language model (the paper's main run); the published LoRA
-  script uses dropout 0.05 and a rate of 5e-7, here dropout is 0 (dropout in the policy and not in
-  the reference is noise in every log-ratio) and the rate is the paper's 5e-6.
-- The reference is the same weights with the adapter off; its log-probs are computed once per
-  response and kept on disk under a hash of what the model saw.
-- Responses share their prefix and image (symmpo.packed_logps); --no-share-prefix is the plain way.
-- Records that do not fit --max-length are refused, not cut.
+To fork it for a new objective, write the objective in symmpo.py; nothing here has to change. The
+order of this file is the order of time: options, policy and reference, verify, the loop.
+
+Departures from the paper and its published code: LoRA instead of the whole language model; no
+dropout, since dropout in the policy and not in the reference is noise in every log-ratio (published
+LoRA script: 0.05, at a rate of 5e-7); a record that does not fit --max-length is refused, not cut.
 """
-import argparse
-import hashlib
+
+import dataclasses
 import json
 import math
-import os
 import random
-import shutil
-import signal
 import sqlite3
 import sys
 import time
-import warnings
 from collections import Counter
-from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
-import data
-from data import TINY, Later, Problem, need, problem_at, within
+import torch
 from tqdm import tqdm
 
-evaluate, peft, respond, symmpo, torch = map(
-    Later, ("evaluate", "peft", "respond", "symmpo", "torch"))
+import symmpo
+from data import Examples, Records, image_of, read_ahead, records_of_step
+from support import processes
+from support.checkpoint import RunFolder
+from support.cli import UserError, check_numbers, option, parse, run_command
+from support.reference import ReferenceCache
+from vlm.generate import generate
+from vlm.load import add_lora, config_hash, fingerprint, load_model
+from vlm.logprobs import PACKABLE, add_image_features, logp_table, response_lengths
+from vlm.prompts import Prompts, prompt_format
 
-warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT's use of it
+TINY = Path(__file__).resolve().parent / "tiny"
 
-PACKABLE = ("llava", "llava_next", "llava_onevision", "idefics3", "smolvlm", "internvl")
-
-TINY_PRESET = dict(model=f"{TINY}/model", data=f"{TINY}/prefs.jsonl", eval_data=f"{TINY}/val.jsonl",
-                   steps=100, batch_size=16, lr=5e-4, lora_r=16, lora_alpha=32, warmup=0.1)
-# What a resumed run may set anew (and processes differ in); other options make it another run.
-MAY_CHANGE = ("resume", "out", "save_every", "sample_every", "workers", "tensorboard", "cache",
-              "device")
-
-
-def add(group, name, value, text):
-    """One option; value: its default, its choices (the default first), or its type."""
-    if value is False:
-        group.add_argument(f"--{name}", action="store_true", help=text)
-    elif callable(value):
-        group.add_argument(f"--{name}", type=value, help=text)
-    else:
-        first, choices = (value[0], value) if isinstance(value, tuple) else (value, None)
-        kind = str if isinstance(first, str) else within(0, kind=type(first))
-        group.add_argument(f"--{name}", default=first, type=kind, choices=choices,
-                           help=f"{text} (default {first})")
+# --- options --------------------------------------------------------------------------------------
 
 
-def options():
-    """Every knob on its line: default (the paper's unless the text says so), unit, reason."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    g = parser.add_argument_group("what")
-    add(g, "model", str, "model folder or hub name; without it, the bundled tiny world")
-    add(g, "data", str, "prefs.jsonl or parquet (`python data.py --help` has the form)")
-    add(g, "objective", ("symmpo", "dpo", "copo", "mdpo", "sft"), "the loss")
-    add(g, "out", Path, "folder for this run (default runs/OBJECTIVE-DATE-TIME)")
-    add(g, "no-image", False, "dpo, sft: remove the image from every prompt (mDPO Fig. 1)")
-    g = parser.add_argument_group("loop")
-    add(g, "epochs", 2.0, "passes over the data")
-    add(g, "steps", 0, "optimiser steps; 0: as many as --epochs needs")
-    add(g, "batch-size", 64, "records per optimiser step, over all processes")
-    add(g, "micro-batch", 1, "records per forward and backward pass; memory grows with it")
-    add(g, "lr", 5e-6, "peak learning rate; cosine decay to 0")
-    add(g, "warmup", 0.05, "share of the steps with a linearly rising rate")
-    add(g, "weight-decay", 0.01, "AdamW's decoupled decay of the adapter weights")
-    add(g, "clip", 1.0, "largest norm of the gradient")
-    add(g, "seed", 0, "of data order, adapter initialisation and crops")
-    g, weight = parser.add_argument_group("loss", "defaults go by objective"), within(0, kind=float)
-    add(g, "beta", weight, "scale of the log-ratios, 1/nats (0.1)")
-    add(g, "lam", weight, "weight of Pair (symmpo 0.5) or of CoPO (mdpo 1)")
-    add(g, "gamma", weight, "weight of Margin (symmpo 1e-4)")
-    add(g, "eta", weight, "weight of the anchors (symmpo and mdpo 1, others 0)")
-    add(g, "delta", float, "threshold that anchors hold beta * rho above (0)")
-    add(g, "anchors", str, "comma-separated cells among yw, yl, ml, yw' (mDPO Table 4)")
-    g = parser.add_argument_group("model")
-    add(g, "lora-r", 128, "rank of the adapters")
-    add(g, "lora-alpha", 256, "the adapters' output is scaled by alpha / r")
-    add(g, "lora-dropout", 0.0, "0 since the reference has none (published script: 0.05)")
-    add(g, "max-length", 2048, "tokens of image, prompt and longest response")
-    add(g, "prompt-format", ("auto", "vicuna", "chat"), "auto: vicuna for LLaVA-1.5, else chat")
-    add(g, "dtype", ("auto", "bfloat16", "float32"), "of the frozen weights; auto: bf16 on CUDA")
-    add(g, "load-4bit", False, "NF4 base weights (CUDA, bitsandbytes): for cards of 24 GB")
-    add(g, "device", ("auto", "cuda", "cpu"), "auto: CUDA when there is one")
-    add(g, "grad-checkpointing", False, "recompute activations: less memory, a third slower")
-    add(g, "no-share-prefix", False, "plain padded sequences, for models that cannot pack")
-    g = parser.add_argument_group("run")
-    add(g, "eval-data", str, "held-out records: loss, accuracy and samples while training")
-    add(g, "sample-every", 50, "steps between held-out evaluations")
-    add(g, "save-every", 50, "steps between checkpoints; the last step is always saved")
-    add(g, "resume", False, "go on with the run in --out from its last checkpoint")
-    add(g, "skip-bad", False, "leave unusable records out and list them at the end")
-    add(g, "allow-outside", False, "permit image paths that leave the data file's folder")
-    add(g, "cache", "~/.cache/symmpo", "folder of the reference's log-probs")
-    add(g, "workers", within(0), "processes that read images ahead of the step (CUDA 2, CPU 0)")
-    add(g, "tensorboard", False, "also write TensorBoard events, if it is installed")
-    return parser
+@dataclass
+class Options(symmpo.Weights):
+    """Every knob. The weights of the loss (beta, lam, ...) are inherited; one that is not given is
+    the objective's own. Where each default comes from: docs/design.md."""
+
+    # what
+    model: str = option(None, "model folder or hub name; without it, the bundled tiny world")
+    data: str = option(None, "prefs.jsonl or parquet (`python data.py --help` has the form)")
+    objective: str = option("symmpo", "the loss", tuple(symmpo.OBJECTIVES))
+    out: str = option(None, "folder for this run; if not given, runs/OBJECTIVE-DATE-TIME")
+    # loop
+    epochs: float = option(2.0, "passes over the data", above_0=True)
+    steps: int = option(0, "optimiser steps; 0: as many as --epochs needs")
+    batch_size: int = option(64, "records per optimiser step, over all processes", above_0=True)
+    micro_batch: int = option(1, "records per forward pass; memory grows with it", above_0=True)
+    lr: float = option(5e-6, "peak learning rate; cosine decay to 0", above_0=True)
+    warmup: float = option(0.05, "share of the steps with a linearly rising rate")
+    weight_decay: float = option(0.01, "AdamW's decoupled decay of the adapter weights")
+    clip: float = option(1.0, "largest norm of the gradient", above_0=True)
+    seed: int = option(0, "of data order, adapter initialisation and crops")
+    # model
+    lora_r: int = option(128, "rank of the adapters", above_0=True)
+    lora_alpha: int = option(256, "the adapters' output is scaled by alpha / r")
+    lora_dropout: float = option(0.0, "0, since the reference has none")
+    max_length: int = option(2048, "tokens of image, prompt and response", above_0=True)
+    prompt_format: str = option("auto", "auto: vicuna for LLaVA-1.5", ("auto", "vicuna", "chat"))
+    dtype: str = option("auto", "of the base; auto: bf16 on CUDA", ("auto", "bfloat16", "float32"))
+    load_4bit: bool = option(False, "NF4 base weights (CUDA, bitsandbytes): for cards of 24 GB")
+    device: str = option("auto", "auto: CUDA when there is one", ("auto", "cuda", "cpu"))
+    grad_checkpointing: bool = option(False, "less memory, a third slower")
+    no_share_prefix: bool = option(False, "plain padded sequences, for models that cannot pack")
+    # run
+    eval_data: str = option(None, "held-out records: loss, accuracy and samples while training")
+    sample_every: int = option(50, "steps between held-out evaluations", above_0=True)
+    save_every: int = option(50, "steps between checkpoints; the last is saved", above_0=True)
+    resume: bool = option(False, "go on with the run in --out from its last checkpoint")
+    skip_bad: bool = option(False, "leave unusable records out and list them at the end")
+    allow_outside: bool = option(False, "permit image paths that leave the data file's folder")
+    cache: str = option("~/.cache/symmpo", "folder of the reference's log-probs")
+    workers: int = option(None, "processes that read ahead of the step; if not given, 2 on CUDA")
+
+    def check(self):
+        """Refuse values without a meaning, and settle those that were not given."""
+        check_numbers(self, any_sign=("delta", "seed"))
+        if self.warmup >= 1 or self.lora_dropout >= 1:
+            raise UserError("--warmup and --lora-dropout must be below 1")
+        if not self.data:
+            raise UserError("--data is missing: the preference records to train on")
+        if not self.model:
+            raise UserError("--model is missing: the bundled one knows only its own tiny world")
+        if self.resume and not self.out:
+            raise UserError("--resume needs --out, the folder of the run to go on with")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda: PyTorch finds no CUDA GPU here")
+        self.weights()  # refuses those that the objective does not read
+
+        if self.device == "auto":
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.load_4bit and self.device == "cpu":
+            raise UserError("--load-4bit needs a CUDA GPU (and pip install bitsandbytes)")
+        if self.dtype == "auto":
+            self.dtype = "float32" if self.device == "cpu" else "bfloat16"
+        if self.workers is None:
+            self.workers = 0 if self.device == "cpu" else 2
+        self.out = self.out or f"runs/{self.objective}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+    def weights(self):
+        """The objective's weights, each replaced by its option where one is given."""
+        names = [weight.name for weight in dataclasses.fields(symmpo.Weights)]
+        try:
+            return symmpo.weights_of(self.objective, {name: getattr(self, name) for name in names})
+        except ValueError as error:
+            raise UserError(f"--{error}") from error
 
 
-def parse_args(argv=None):
-    """The command line as a namespace; without --model the tiny preset fills what is not given."""
-    parser = options()
-    if not parser.parse_known_args(argv)[0].model:
-        parser.set_defaults(**TINY_PRESET)
-    args = parser.parse_args(argv)
-    for key in ("epochs", "batch_size", "micro_batch", "lr", "clip", "lora_r", "max_length",
-                "sample_every", "save_every"):
-        need(getattr(args, key), f"--{key.replace('_', '-')} must be above 0")
-    need(max(args.warmup, args.lora_dropout) < 1, "--warmup and --lora-dropout must be below 1")
-    need(args.data, "--data is missing: the preference records to train on")
-    need(args.out or not args.resume, "--resume needs --out, the folder of the run to go on with")
-    need(not args.no_image or args.objective in ("dpo", "sft"),
-         "--no-image goes with --objective dpo or sft: the others contrast images")
-    args.out = args.out or Path(f"runs/{args.objective}-{time.strftime('%Y%m%d-%H%M%S')}")
-    return args
+# What a resumed run may set anew, and what processes differ in; any other option is another run.
+MAY_CHANGE = ("resume", "out", "save_every", "sample_every", "workers", "cache", "device")
+
+# --- policy and reference -------------------------------------------------------------------------
 
 
-def loss_weights(args):
-    """The objective's default weights, each overridden by its flag."""
-    w = symmpo.OBJECTIVES[args.objective][1]
-    w = {key: w[key] if getattr(args, key) is None else getattr(args, key) for key in w}
-    w["anchors"] = w["anchors"].split(",") if isinstance(w["anchors"], str) else list(w["anchors"])
-    need(set(w["anchors"]) <= set(symmpo.ANCHORS),
-         f"--anchors: the known cells are {', '.join(symmpo.ANCHORS)}")
-    return w
+@dataclass
+class Run:
+    """What the loop works with. Policy and reference are the same weights: LoRA on and off."""
+
+    options: Options
+    objective: symmpo.Objective
+    weights: symmpo.Weights
+    policy: torch.nn.Module
+    prompts: Prompts
+    cache: ReferenceCache
+    examples: Examples
+    held_out: list  # of Example
+    identity: dict  # what makes it this run and no other
+    rank: int  # which of torchrun's processes this is
+    world: int  # how many there are
+    left_out: dict = field(default_factory=dict)  # {why: record number}
 
 
-# --- policy and reference ------------------------------------------------------------------------
+def prepare(options):
+    """Load and check everything, so that what is wrong is said before a step is paid for."""
+    options.check()
+    rank, world, options.device = processes.start(options.device)
+    torch.manual_seed(options.seed)
+    examples = Examples(options.data, None, options)
+    if options.steps == 0:
+        steps_per_epoch = math.ceil(len(examples) / options.batch_size)
+        options.steps = math.ceil(steps_per_epoch * options.epochs)
 
+    dtype = getattr(torch, options.dtype)
+    model, processor = load_model(options.model, options.device, dtype, options.load_4bit)
+    if model.num_parameters() < 10e6:
+        torch.set_num_threads(1)  # matrices too small to be shared between threads
+    if model.config.model_type not in PACKABLE and not options.no_share_prefix:
+        raise UserError(
+            f"{options.model}: sharing the prefix is not exact for {model.config.model_type} "
+            "models; add --no-share-prefix"
+        )
+    examples.prompts = Prompts(processor, prompt_format(model.config, options.prompt_format))
 
-def prepare(args):
-    """Load and check everything that the loop needs; raises Problem before any step is paid for."""
-    torch.manual_seed(args.seed)
-    if args.model == TINY_PRESET["model"]:
-        torch.set_num_threads(1)  # its matrices are too small to be shared between threads
-    cuda = torch.cuda.is_available() and args.device != "cpu"
-    need(cuda or args.device != "cuda", "--device cuda: PyTorch finds no CUDA GPU here")
-    args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
-    if cuda:
-        torch.cuda.set_device(args.device)  # where NCCL gathers what is no tensor
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if cuda else "gloo")
-    args.workers = 2 * cuda if args.workers is None else args.workers
-    if args.dtype == "auto":
-        args.dtype = "bfloat16" if cuda else "float32"
-    run = SimpleNamespace(args=args, w=loss_weights(args), skipped={},
-                          cells=symmpo.OBJECTIVES[args.objective][0])
-    run.records = data.Records(args.data)
-    per_epoch = math.ceil(len(run.records) / args.batch_size)
-    args.steps = args.steps or math.ceil(per_epoch * args.epochs)
-    need(cuda or not args.load_4bit, "--load-4bit needs a CUDA GPU (and pip install bitsandbytes)")
-    model, run.processor = data.load_model(args.model, args.device, getattr(torch, args.dtype),
-                                           four_bit=args.load_4bit)
-    need(args.no_share_prefix or model.config.model_type in PACKABLE,
-         f"{args.model}: sharing the prefix is not exact for {model.config.model_type} models "
-         "(their attention or positions); add --no-share-prefix")
-    run.fmt = data.prompt_format(model, args.prompt_format)
-    held_out = data.Records(args.eval_data) if args.eval_data else []
-    run.held_out = [held_out[i] for i in range(len(held_out))
-                    if merge([load(run, held_out, i)], args, run.skipped)[0]]
-    base = data.fingerprint(model)
-    run.policy = add_adapter(model.requires_grad_(False), args)
-    run.identity = {**{k: v for k, v in vars(args).items() if k not in MAY_CHANGE}, **run.w,
-                    "base": base, "format": run.fmt, "records": len(run.records)}
-    config = hashlib.blake2b(model.config.to_json_string().encode(), digest_size=4).hexdigest()
-    name = f"{base}-{config}-{args.dtype}-{'cuda' if cuda else 'cpu'}.sqlite"
-    run.cache = open_cache(Path(args.cache).expanduser() / name)
-    return run
+    left_out, held_out = {}, []
+    if options.eval_data:
+        every = Examples(options.eval_data, examples.prompts, options)
+        held_out = every.usable([every[i] for i in range(len(every))], left_out)
 
+    base, weights = fingerprint(model), options.weights()
+    device = options.device.split(":")[0]
+    cache = f"{base}-{config_hash(model)}-{options.dtype}-{device}.sqlite"
 
-def open_cache(path):
-    """The reference's log-probs on disk, shared by all processes and runs: a table key -> nats."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    cache = sqlite3.connect(path, timeout=60)  # seconds to wait for the other processes
-    cache.execute("PRAGMA synchronous = OFF")  # no flush per write; a killed process loses nothing
-    cache.execute("CREATE TABLE IF NOT EXISTS logps (key BLOB PRIMARY KEY, nats BLOB)")
-    return cache
+    identity = dataclasses.asdict(options) | dataclasses.asdict(weights)
+    for name in MAY_CHANGE:
+        del identity[name]
+    identity |= {"base": base, "format": examples.prompts.form, "records": len(examples)}
 
-
-def add_adapter(model, args):
-    """LoRA on every linear layer of the language model, by full path, and on nothing else:
-    suffixes alone (q_proj) would also match the vision tower."""
-    decoder = symmpo.language_model(model)
-    prefix = next(name for name, module in model.named_modules() if module is decoder)
-    leaves = sorted({name.rpartition(".")[2] for name, module in decoder.named_modules()
-                     if isinstance(module, torch.nn.Linear)})
-    policy = peft.get_peft_model(model, peft.LoraConfig(
-        r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
-        target_modules=rf"{prefix}\..*\.({'|'.join(leaves)})", task_type="CAUSAL_LM"))
-    trained = [name for name, p in policy.named_parameters() if p.requires_grad]
-    assert trained and all(f"{prefix}." in name for name in trained), "adapters in a wrong place"
-    if args.grad_checkpointing:
-        policy.gradient_checkpointing_enable({"use_reentrant": False})
-    return policy.train()  # checkpointing is off in eval mode; dropout is 0 unless asked for
+    lora = options.lora_r, options.lora_alpha, options.lora_dropout
+    policy = add_lora(model, *lora, options.grad_checkpointing)
+    return Run(
+        options=options,
+        objective=symmpo.OBJECTIVES[options.objective],
+        weights=weights,
+        policy=policy,
+        prompts=examples.prompts,
+        cache=ReferenceCache(Path(options.cache).expanduser() / cache),
+        examples=examples,
+        held_out=held_out,
+        identity=identity,
+        rank=rank,
+        world=world,
+        left_out=left_out,
+    )
 
 
 def policy_table(run, rows, records):
-    """(records, 2, 3) log-probs in nats of whatever the adapter makes of the model now."""
-    args, cuda = run.args, run.args.device.startswith("cuda")
-    mixed = cuda and args.dtype == "bfloat16"  # autocast brings the adapters' inputs to bf16; PEFT
-    keep = mixed and not args.grad_checkpointing  # would save a copy of each in fp32 before that
-    with (problem_at(rows[0]["source"], ValueError),
-          torch.autocast("cuda", torch.bfloat16, enabled=mixed),
-          peft.helpers.disable_input_dtype_casting(run.policy, active=keep)):
-        return symmpo.logp_table(run.policy, rows, records, not args.no_share_prefix,
-                                 tokens_per_forward=2048 if cuda else 0)
+    """(3, 3, records) log-probs, nats, of whatever the adapter makes of the model now."""
+    from peft.helpers import disable_input_dtype_casting
+
+    options = run.options
+    on_cuda = options.device != "cpu"
+    mixed = on_cuda and options.dtype == "bfloat16"
+    # Autocast brings the adapters' inputs to bf16; before that PEFT would copy each to fp32.
+    casting_is_waste = mixed and not options.grad_checkpointing
+    packed = not options.no_share_prefix
+    tokens_per_forward = 2048 if on_cuda else 0
+    with (
+        torch.autocast("cuda", torch.bfloat16, enabled=mixed),
+        disable_input_dtype_casting(run.policy, active=casting_is_waste),
+    ):
+        return logp_table(run.policy, rows, records, packed, tokens_per_forward)
 
 
-def reference_table(run, rows, keys, fresh=False):
-    """The same of the frozen reference (adapter off): from the cache, computed where it is new.
+def reference_table(run, rows, keys, use_cache=True):
+    """The same with the adapter off: the frozen reference. Each record is computed once, ever.
 
-    keys: one per record, a hash of everything the model sees of it. fresh: compute all the same
-    and raise Problem where the cache says something else.
+    keys: for each record a hash of all that the model sees of it.
     """
-    marks = ",".join("?" * len(keys))
-    found = run.cache.execute(f"SELECT key, nats FROM logps WHERE key IN ({marks})", keys)
-    known = {key: torch.frombuffer(bytearray(nats), dtype=torch.float32) for key, nats in found}
-    unknown = torch.full((6,), math.nan)
-    table = torch.stack([known.get(key, unknown) for key in keys]).view(-1, 2, 3)
-    todo = [row for row in rows if fresh or keys[row["cells"][0][0]] not in known]
-    if todo:
+    tables = {}
+    if use_cache:
+        tables = {key: run.cache.get(key) for key in keys}
+    new = [row for row in rows if tables.get(keys[row.record]) is None]
+    if new:
         with torch.no_grad(), run.policy.disable_adapter():
-            new = policy_table(run, todo, len(keys)).cpu()
-        off = (new - table).abs()  # NaN, which compares false, where the table knows nothing
-        need(not (off > 0.5 + 0.02 * new.abs()).any(), f"the reference cache {run.args.cache} was "
-             f"made differently: off by {off.nan_to_num().max():.2f} nats; delete that folder")
-        table = torch.where(table.isnan(), new, table)
-        with run.cache:  # one transaction: all or nothing
-            run.cache.executemany("INSERT OR IGNORE INTO logps VALUES (?, ?)", [
-                (key, row.numpy().tobytes()) for key, row in zip(keys, table)])
-    return table.to(run.args.device)
+            computed = policy_table(run, new, len(keys)).cpu()
+        for record in {row.record for row in new}:
+            tables[keys[record]] = computed[:, :, record]
+        run.cache.put({key: tables[key] for key in keys})
+    return torch.stack([tables[key] for key in keys], dim=-1).to(run.options.device)
 
 
-def compute(run, rows, keys, fresh=False, start=False):
-    """What to minimise, (records,), and what to log of it: {name: (records,)}.
-
-    fresh, start: is this the first forward pass of this process, of the run?"""
-    reference = reference_table(run, rows, keys, fresh)
+def loss_table(run, examples):
+    """All that the loss sees of a micro-batch: a symmpo.Table."""
+    rows, keys = rows_of(examples)
+    if not run.options.no_share_prefix:
+        add_image_features(run.policy, rows)  # of the frozen tower: once for both tables
     policy = policy_table(run, rows, len(keys))
-    terms = symmpo.loss_terms(run.args.objective, policy, reference, run.w)
+    reference = torch.full_like(policy, math.nan)
+    if run.objective.reference:
+        reference = reference_table(run, rows, keys)
+    lengths = response_lengths(rows, len(keys)).to(policy.device)
+    return symmpo.Table(policy - reference, policy, lengths)
+
+
+def rows_of(examples):
+    """All rows of a micro-batch, each with its record's place in it, and the records' keys."""
+    rows = []
+    for place, example in enumerate(examples):
+        rows += [dataclasses.replace(row, record=place) for row in example.rows]
+    return rows, [example.key for example in examples]
+
+
+def compute_loss(run, examples):
+    """A micro-batch's loss and metrics: (records,) and {name: (records,)}."""
+    table = loss_table(run, examples)
+    terms = symmpo.loss_terms(run.options.objective, table, run.weights)
     loss = sum(terms.values())
-    if start:
-        verify_start(run, (policy - reference).abs().nan_to_num().max().item(), loss.mean().item())
-    return loss, {"loss": loss, **{f"loss/{name}": term for name, term in terms.items()},
-                  **symmpo.metrics(policy, reference, run.w["beta"])}
+    metrics = symmpo.metrics(table, run.weights)
+    metrics |= {f"loss/{name}": term for name, term in terms.items()}
+    metrics["loss"] = loss
+    return loss, metrics
 
 
-def verify_start(run, rho, loss):
-    """Step 0: the adapter is zero, so rho must be 0 and the loss its closed form; else Problem."""
-    expected = symmpo.loss_at_start(run.args.objective, run.w)
-    tolerance = 1e-3 if run.args.dtype == "float32" else 0.5  # nats; bf16 sums of ~150 tokens
-    need(rho <= tolerance and not abs(loss - expected) > tolerance,
-         f"policy and reference differ by {rho:.3g} nats before the first step, and the loss is "
-         f"{loss:.5f} instead of {expected:.5f}; they are the same weights: dropout, another dtype "
-         "or another template does this")
-    print(f"step 0      rho = 0 within {rho:.1g} nats, loss {loss:.6f}, closed form {expected:.6f}")
+# --- verify ---------------------------------------------------------------------------------------
 
 
-# --- batches -------------------------------------------------------------------------------------
+def verify(run, example, at_start):
+    """Before the loop, on one record: the cache holds what this model computes, and at the very
+    start, where the adapter is zero, policy = reference and the loss is its closed form."""
+    if not run.objective.reference:
+        print(f"step 0      {run.options.objective} reads no reference: nothing to compare")
+        return
+    rows, keys = rows_of([example])
+    fresh = reference_table(run, rows, keys, use_cache=False)
+    cached = reference_table(run, rows, keys)
+    for cell in run.objective.cells:
+        off = (fresh[cell] - cached[cell]).abs().item()
+        if math.isnan(off) or off > 0.5 + 0.02 * fresh[cell].abs():
+            cache = f"the reference cache {run.options.cache}"
+            raise UserError(f"{cache} was made differently, off by {off:.2f} nats: delete it")
+    if not at_start:
+        return
+
+    policy = policy_table(run, rows, records=1).detach()  # as the loop computes it
+    table = symmpo.Table(policy - fresh, policy, response_lengths(rows, 1).to(policy.device))
+    rho = torch.stack([table.rho[cell] for cell in run.objective.cells]).abs().max().item()
+    loss = sum(symmpo.loss_terms(run.options.objective, table, run.weights).values()).item()
+    expected = symmpo.loss_at_start(run.options.objective, run.weights)
+    if expected is None:
+        closed_form, off = "it has no closed form", 0.0
+    else:
+        closed_form, off = f"closed form {expected:.6f}", abs(loss - expected)
+    tolerance = 1e-3 if run.options.dtype == "float32" else 0.5  # nats; bf16 sums of ~150 tokens
+    if math.isnan(rho + off) or max(rho, off) > tolerance:
+        raise UserError(
+            f"policy and reference differ by {rho:.3g} nats before the first step, and the loss "
+            f"is {loss:.5f} ({closed_form}); they are the same weights: dropout, another dtype or "
+            "another template does this"
+        )
+    print(f"step 0      rho = 0 within {rho:.1g} nats, loss {loss:.6f}, {closed_form}")
 
 
-def load(run, records, i):
-    """Record i as (number, key, rows), or (number, None, Problem). Runs in the workers.
-
-    The key is a hash of all that the model sees: tokens, pixels, cells. Template, tokenizer,
-    image processing and data are in it without being named.
-    """
-    args = run.args
-    try:
-        rows = data.build_rows(records[i], run.processor, run.fmt, run.cells, seed=args.seed,
-                               max_length=args.max_length, no_image=args.no_image,
-                               allow_outside=args.allow_outside)
-    except Problem as e:
-        return i, None, e
-    seen = hashlib.blake2b(digest_size=16)
-    for row in rows:
-        for name, value in [*sorted(row["inputs"].items()), *zip(row["cells"], row["responses"])]:
-            seen.update(f"{name} {tuple(value.shape)}".encode() + value.numpy().tobytes())
-    return i, seen.digest(), rows
-
-
-def batch_of(step, n, args):
-    """Record numbers of one optimiser step: a new seeded order each epoch, its last batch short."""
-    epoch, place = divmod(step, math.ceil(n / args.batch_size))
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(args.seed * 1000 + epoch))
-    return order[place * args.batch_size:(place + 1) * args.batch_size].tolist()
-
-
-def micro_batches(start, n, args, rank, world):
-    """This process's record numbers from step `start` on, a list per forward pass."""
-    for step in range(start, args.steps):
-        mine = batch_of(step, n, args)[rank::world]
-        yield from (mine[k:k + args.micro_batch] for k in range(0, len(mine), args.micro_batch))
-
-
-def merge(items, args, skipped):
-    """A micro-batch as (rows, keys), rows numbered by their record's place in it.
-
-    Raises the Problem of an unusable record, or with --skip-bad notes it in `skipped`.
-    """
-    rows, keys = [], []
-    for number, key, item in items:
-        if key is None:
-            need(args.skip_bad, f"{item}\n--skip-bad goes on without such records; `python data.py "
-                 f"check {args.data}` lists them all")
-            skipped[str(item)] = number
-            continue
-        rows += [{**row, "cells": [(len(keys), *cell[1:]) for cell in row["cells"]]}
-                 for row in item]
-        keys.append(key)
-    return rows, keys
-
-
-# --- checkpoints and logs ------------------------------------------------------------------------
-
-
-def claim_folder(args, rank=0):
-    """(lock, checkpoint): the run's folder is rank 0's until the lock is closed or forgotten; the
-    checkpoint to go on from is None for a new run. Raises Problem when the folder is in use or
-    holds a run that --resume was not given for."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    found = sorted(args.out.glob("checkpoint-*[0-9]"), key=lambda p: int(p.name.split("-")[1]))
-    need(rank or args.resume or not (found or (args.out / "metrics.jsonl").exists()),
-         f"{args.out}: holds another run; choose another --out, or --resume it")
-    return data.lock(args.out) if rank == 0 else None, (found[-1] if found else None)
-
-
-def save_checkpoint(run, step, optimizer):
-    """checkpoint-STEP: adapter in PEFT's format, optimiser, options. It is written under
-    another name, flushed and renamed; older checkpoints go only after that. Raises Problem when it
-    cannot be written, and leaves the older ones."""
-    final = run.args.out / f"checkpoint-{step}"
-    temporary = run.args.out / f"unfinished-{os.environ.get('RANK', 0)}"
-    try:
-        with problem_at(f"{final}: cannot be written, earlier checkpoints are as they were and "
-                        "--resume goes on from the last", Exception):  # disks have several kinds
-            if not final.exists():
-                run.policy.save_pretrained(temporary)
-                torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
-                (temporary / "run.json").write_text(json.dumps(run.identity, indent=1))
-                for path in [*temporary.iterdir(), temporary]:
-                    handle = os.open(path, os.O_RDONLY)
-                    os.fsync(handle)
-                    os.close(handle)
-                temporary.rename(final)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    for old in run.args.out.glob("checkpoint-*[0-9]"):
-        if old != final:
-            shutil.rmtree(old)
-
-
-def load_checkpoint(run, folder, optimizer):
-    """Put adapter and optimiser back and return the step to go on with.
-
-    Raises Problem for another run's checkpoint or a damaged one."""
-    with problem_at(f"{folder}: damaged, cannot resume from it", Exception):
-        old = json.loads((folder / "run.json").read_text())
-        adapter = peft.load_peft_weights(folder, "cpu")
-        state = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
-    changed = [f"{k} was {old.get(k)!r}, is {v!r}" for k, v in run.identity.items()
-               if old.get(k) != v]
-    need(not changed, f"{folder}: cannot resume, this is another run: {'; '.join(changed)}")
-    peft.set_peft_model_state_dict(run.policy, adapter)
-    optimizer.load_state_dict(state)
-    return int(folder.name.split("-")[1])
-
-
-def read_metrics(out):
-    """The whole lines of metrics.jsonl; a crash may have torn the last one."""
-    path = out / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}\n")]
-
-
-def plot_curves(out):
-    """curves.png: loss, preference accuracy, margins and chosen log-prob over the steps."""
-    from matplotlib.figure import Figure  # not pyplot, whose state belongs to a notebook's reader
-    rows, panels = read_metrics(out), {
-        "loss (nats)": ["loss"], "preference accuracy": ["rewards/accuracies", "pair/accuracy_m"],
-        "reward margin": ["rewards/margins"], "log p(chosen) (nats)": ["logps/chosen"]}
-    figure = Figure(figsize=(16, 3.6))
-    figure.subplots_adjust(left=0.04, bottom=0.14, right=0.99, top=0.91, wspace=0.2)
-    for axis, (title, names) in zip(figure.subplots(1, 4), panels.items()):
-        for name in names + [f"eval/{name}" for name in names]:
-            points = [(row["step"], row[name]) for row in rows if name in row]
-            if points:
-                axis.plot(*zip(*points), "o--" if "eval" in name else "-", ms=4, label=name)
-                axis.legend(fontsize=8)
-        axis.set(title=title, xlabel="optimiser step")
-    figure.savefig(out / "curves.png", dpi=110)
-
-
-# --- the run -------------------------------------------------------------------------------------
-
-
-def print_facts(run, rows):
+def say_hello(run, start):
     """What this run is, before it starts: every number printed is the one that is used."""
-    args, count = run.args, run.policy.num_parameters
-    parts = {name.split(".layers.")[0] for name, p in run.policy.named_parameters()
-             if p.requires_grad}
-    print(f"model       {args.model}, {count():,} parameters, {args.dtype} on {args.device}",
-          f"trained     {count(only_trainable=True):,} parameters in {', '.join(parts)}; LoRA rank "
-          f"{args.lora_r}, alpha {args.lora_alpha}, dropout {args.lora_dropout:g}",
-          f"data        {args.data}, {len(run.records):,} records",
-          f"objective   {args.objective}, {', '.join(f'{k} {v}' for k, v in run.w.items())}",
-          f"steps       {args.steps} of {args.batch_size} records in micro-batches of "
-          f"{args.micro_batch}, {args.steps * args.batch_size / len(run.records):.2f} epochs, "
-          f"lr {args.lr:g}, warm-up {args.warmup:g}, seed {args.seed}",
-          f"output      {args.out}", data.describe(run.processor, run.fmt, rows[0]), sep="\n")
+    options, count = run.options, run.policy.num_parameters
+    weights = ", ".join(f"{name} {getattr(run.weights, name)}" for name in run.objective.weights)
+    epochs = options.steps * options.batch_size / len(run.examples)
+    parts = {n.split(".layers.")[0] for n, p in run.policy.named_parameters() if p.requires_grad}
+    lines = [
+        f"model       {options.model}, {count():,} parameters, {options.dtype} on {options.device}",
+        f"trained     {count(only_trainable=True):,} parameters in {', '.join(parts)}; LoRA rank "
+        f"{options.lora_r}, alpha {options.lora_alpha}, dropout {options.lora_dropout:g}",
+        f"data        {options.data}, {len(run.examples):,} records",
+        f"objective   {options.objective}, {weights or 'no weights'}",
+        f"steps       {options.steps} of {options.batch_size} records in micro-batches of "
+        f"{options.micro_batch}, {epochs:.2f} epochs, lr {options.lr:g}, warm-up "
+        f"{options.warmup:g}, seed {options.seed}",
+        f"output      {options.out}",
+    ]
+    print("\n".join(lines))
+    for number in records_of_step(start, len(run.examples), options):
+        example = run.examples[number]
+        if example.error is None:
+            print(run.prompts.describe(example.rows[0]))
+            verify(run, example, at_start=start == 0)
+            return
 
 
-def held_out(run, rank, world):
-    """{eval/name: mean} over the held-out records of all processes, and two greedy samples."""
-    sums = Counter()
-    run.policy.eval()
-    with torch.no_grad():
-        for i in range(rank, len(run.held_out), world):
-            rows, keys = merge([load(run, run.held_out, i)], run.args, {})
-            found = compute(run, rows, keys)[1]
-            sums.update({"records": 1, **{k: v.item() for k, v in found.items()}})
-    records = run.held_out[:2]
-    images = [data.open_image(r["image"], r["root"]) for r in records]
-    prompts = [record["prompt"] for record in records]
-    samples = respond.generate_batch(run.policy, run.processor, run.fmt, prompts, images, 128)
-    run.policy.train()
-    sums = over_processes(sums)
-    means = {f"eval/{name}": value / sums["records"] for name, value in sums.items()}
-    return {**means, "samples": [f"{p} -> {y}" for p, y in zip(prompts, samples)]}
+# --- the loop -------------------------------------------------------------------------------------
 
 
-def over_processes(sums):
-    """Add up {name: number} over all processes of torchrun."""
-    if torch.distributed.is_initialized():
-        everyone = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everyone, sums)
-        sums = Counter()
-        for part in everyone:  # not with +, which drops what is not positive
-            sums.update(part)
-    return sums
+def train(options):
+    """Train; returns the run and how many steps are done."""
+    run = prepare(options)
+    folder = RunFolder(options.out, options.resume, run.rank)
+    parameters = [p for p in run.policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay)
+    done = start = folder.load(run.policy, optimizer, run.identity)
+    if run.rank == 0:
+        folder.forget_metrics_after(start)
+        say_hello(run, start)
+    batches = read_ahead(run.examples, start, options, run.rank, run.world)
+    bar = tqdm(total=options.steps, initial=start, unit="step", disable=run.rank > 0 or None)
 
+    with processes.StopRequest() as stop, bar:
+        try:
+            for step in range(start, options.steps):
+                began = time.time()
+                # Randomness (LoRA's dropout) by step and process: resuming needs no other state.
+                torch.manual_seed(
+                    random.Random(f"{options.seed} {step} {run.rank}").getrandbits(63)
+                )
+                lr = learning_rate(step, options)
+                optimizer.param_groups[0]["lr"] = lr
 
-def train(args):
-    """The loop: lr, micro-batches, clip, step, log, evaluate, save. Returns the run and its end."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    lock, checkpoint = claim_folder(args, rank)
-    board = None
-    if args.tensorboard and rank == 0:
-        from torch.utils.tensorboard import SummaryWriter
-        board = SummaryWriter(args.out)
-    run = prepare(args)
-    weights = [p for p in run.policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=args.lr, weight_decay=args.weight_decay)
-    start = load_checkpoint(run, checkpoint, optimizer) if checkpoint else 0
-    kept = [line for line in read_metrics(args.out) if line["step"] <= start]
-    if rank == 0:  # what was logged after the checkpoint will be logged again
-        (args.out / "metrics.tmp").write_text("".join(json.dumps(k) + "\n" for k in kept))
-        os.replace(args.out / "metrics.tmp", args.out / "metrics.jsonl")
-    n, done, stopped = len(run.records), start, []
-    handlers = {name: signal.signal(name, lambda number, _: stopped.append(number))
-                for name in (signal.SIGINT, signal.SIGTERM)}  # leave the step undone, and save
-    batches = iter(torch.utils.data.DataLoader(
-        range(n), batch_sampler=micro_batches(start, n, args, rank, world),
-        collate_fn=lambda numbers: [load(run, run.records, i) for i in numbers],
-        num_workers=args.workers, multiprocessing_context="fork" if args.workers else None,
-        pin_memory=args.device != "cpu",  # by a thread, which also takes over from the workers
-        worker_init_fn=lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN)))  # ours to act on
-    bar = tqdm(total=args.steps, initial=start, unit="step", disable=rank > 0 or None)
-    for step in range(start, args.steps):
-        # Randomness (of LoRA's dropout) by step and process: a resumed run needs no other state.
-        torch.manual_seed(random.Random(f"{args.seed} {step} {rank}").getrandbits(63))
+                totals, numbers = forward_and_backward(run, batches, step, stop)
+                totals = processes.add_up(totals)
+                if totals["stop"]:
+                    break  # a resumed run takes this step from its beginning
+                done = step + 1
+                if not totals["records"]:
+                    continue  # all were left out
 
-        # Learning rate: linear warm-up, then half a cosine down to 0.
-        warm = max(1, round(args.warmup * args.steps))
-        decay = (1 + math.cos(math.pi * (step - warm) / max(1, args.steps - warm))) / 2
-        lr = args.lr * ((step + 1) / warm if step < warm else decay)
-        optimizer.param_groups[0]["lr"] = lr
+                # The mean over the records that there really were; clip; one step of AdamW.
+                processes.add_up_gradients(parameters)
+                for p in parameters:
+                    p.grad /= totals["records"]
+                norm = torch.nn.utils.clip_grad_norm_(parameters, options.clip).item()
+                if not math.isfinite(totals["loss"] + norm):
+                    done = step
+                    raise UserError(
+                        f"step {step}: loss {totals['loss']:g}, gradient norm {norm:g}, at record "
+                        f"numbers {sorted(numbers)} (from 0); the state before this step is in "
+                        f"{folder.path / f'checkpoint-{step}'}"
+                    )
+                optimizer.step()
+                optimizer.zero_grad()
 
-        # Micro-batches: gradients of the summed loss pile up; the mean is taken once, below, by
-        # the number of records there really were in all processes.
-        began, sums, numbers = time.time(), Counter(), []
-        share = len(batch_of(step, n, args)[rank::world])
-        for _ in range(math.ceil(share / args.micro_batch)):
-            if stopped:
-                break
-            asked = time.time()
-            items = next(batches)
-            sums["waited"] += time.time() - asked
-            try:
-                rows, keys = merge(items, args, run.skipped)
-            except Problem:
-                save_checkpoint(run, step, optimizer)  # bad input never costs finished work
-                raise
-            if not rows:
-                continue
-            first = not numbers and step == start
-            if first and rank == 0:
-                print_facts(run, rows)
-            loss, found = compute(run, rows, keys, first, start=first and step == 0)
-            loss.sum().backward()
-            numbers += [number for number, *_ in items]
-            sums.update({name: value.sum().item() for name, value in found.items()})
-            sums.update({"records": len(keys), "tokens": sum(
-                row["inputs"]["input_ids"].numel() + sum(map(len, row["responses"]))
-                for row in rows)})
-
-        # One gradient for all processes, its norm clipped, one step of AdamW.
-        sums.update(stopped=len(stopped))
-        sums = over_processes(sums)
-        if sums.pop("stopped"):
-            break  # a resumed run takes this step from its start
-        done = step + 1
-        if not sums["records"]:
-            continue  # every record of this batch was left out (--skip-bad)
-        for p in weights:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            if world > 1:
-                torch.distributed.all_reduce(p.grad)
-            p.grad /= sums["records"]
-        norm = torch.nn.utils.clip_grad_norm_(weights, args.clip).item()
-        if not math.isfinite(sums["loss"] + norm):
-            if rank == 0:
-                save_checkpoint(run, step, optimizer)
-            raise Problem(f"step {step}: loss {sums['loss']:g}, gradient norm {norm:g}, at record "
-                          f"numbers {sorted(numbers)} (from 0); the state before this step is in "
-                          f"{args.out / f'checkpoint-{step}'}")
-        optimizer.step()
-        optimizer.zero_grad()
-
-        # Log, look at held-out records, save. The means are over the whole optimiser step.
-        records, tokens, waited = map(sums.pop, ("records", "tokens", "waited"))
-        seconds = time.time() - began
-        line = {"step": done, **{name: value / records for name, value in sums.items()},
-                "lr": lr, "grad_norm": norm, "records": records,
-                "tokens_per_second": tokens / seconds, "data_wait": waited / world / seconds}
-        if run.held_out and (done % args.sample_every == 0 or done == args.steps):
-            line.update(held_out(run, rank, world))
-        if rank == 0:
-            for sample in line.get("samples", ()):
-                bar.write(f"step {done}: {sample}")
-            for name in [k for k, v in line.items() if board and isinstance(v, float)]:
-                board.add_scalar(name, line[name], done)
-            with open(args.out / "metrics.jsonl", "a") as f:
-                f.write(json.dumps(line) + "\n")
-            if done % args.save_every == 0:
-                save_checkpoint(run, done, optimizer)
-        bar.update()
-        bar.set_postfix({k.rpartition("/")[2]: f"{line[k]:.3g}" for k in (
-            "loss", "rewards/accuracies", "rewards/margins", "tokens_per_second") if k in line})
-    bar.close()
-    if rank == 0:
-        save_checkpoint(run, done, optimizer)
-        plot_curves(args.out)
-    for name, handler in handlers.items():
-        signal.signal(name, handler)
+                # Log, look at held-out records, save.
+                line = {"step": done, "lr": lr, "grad_norm": norm}
+                line |= means(totals, time.time() - began, run.world)
+                if done % options.sample_every == 0 or done == options.steps:
+                    line |= evaluate_held_out(run)
+                if run.rank == 0:
+                    folder.log(line)
+                    if done % options.save_every == 0:
+                        folder.save(done, run.policy, optimizer, run.identity)
+                show(bar, line)
+        except UserError:  # a bad record, or no finite loss, costs no finished work
+            folder.save(done, run.policy, optimizer, run.identity)
+            raise
+    if run.rank == 0:
+        folder.save(done, run.policy, optimizer, run.identity)
+        folder.plot()
     return run, done
 
 
-def tiny_report(run):
-    """Hallucination on the tiny world's held-out AMBER files, adapter off and on."""
-    print(f"{'held-out scenes (%)':20}   CHAIR   cover     hal  yes/no")
+def learning_rate(step, options):
+    """Linear warm-up, then half a cosine down to 0."""
+    warm = max(1, round(options.warmup * options.steps))
+    if step < warm:
+        return options.lr * (step + 1) / warm
+    progress = (step - warm) / max(1, options.steps - warm)
+    return options.lr * (1 + math.cos(math.pi * progress)) / 2
+
+
+def forward_and_backward(run, batches, step, stop):
+    """One step's gradients, of this process's share of the records: (sums of metrics, numbers).
+
+    The loss is a sum over records, so that gradients add up over micro-batches and processes
+    alike; the mean is taken once, in the loop, by the number of records there really were.
+    """
+    totals, numbers = Counter(), []
+    mine = records_of_step(step, len(run.examples), run.options)[run.rank :: run.world]
+    for _ in range(math.ceil(len(mine) / run.options.micro_batch)):
+        if stop.received:
+            totals["stop"] = 1
+            break
+        asked = time.time()
+        examples = run.examples.usable(next(batches), run.left_out)
+        totals["waited"] += time.time() - asked
+        if not examples:
+            continue
+        loss, metrics = compute_loss(run, examples)
+        loss.sum().backward()
+        numbers += [example.number for example in examples]
+        totals["records"] += len(examples)
+        for example in examples:
+            totals["tokens"] += sum(row.tokens() for row in example.rows)
+        totals.update({name: values.sum().item() for name, values in metrics.items()})
+    return totals, numbers
+
+
+def means(totals, seconds, world):
+    """A line of metrics.jsonl from one step's sums over all processes."""
+    records = totals["records"]
+    line = {
+        "records": records,
+        "tokens_per_second": totals["tokens"] / seconds,
+        "data_wait": totals["waited"] / world / seconds,  # share of the time
+    }
+    for name, value in totals.items():
+        if name not in ("records", "tokens", "waited", "stop"):
+            line[name] = value / records
+    return line
+
+
+def evaluate_held_out(run):
+    """{"eval/name": mean} over the held-out records of all processes, and two greedy samples."""
+    if not run.held_out:
+        return {}
     run.policy.eval()
-    for name, adapter in (("before", run.policy.disable_adapter()), ("after", nullcontext())):
-        with adapter:
-            found = evaluate.measure(run.policy, run.processor, run.fmt, TINY / "amber")["metrics"]
-        made, asked = found["generative"], found["discriminative"]
-        print(f"{name:20}" + "".join(f"{value:8.1f}" for value in (
-            made["CHAIR"], made["Cover"], made["Hal"], asked["Accuracy"])))
+    totals = Counter()
+    with torch.no_grad():
+        for example in run.held_out[run.rank :: run.world]:
+            _, metrics = compute_loss(run, [example])
+            totals["records"] += 1
+            totals.update({name: values.item() for name, values in metrics.items()})
+    totals = processes.add_up(totals)
+    found = {f"eval/{name}": value / totals["records"] for name, value in totals.items()}
+
+    every = Records(run.options.eval_data)
+    shown = [every[example.number] for example in run.held_out[:2]]
+    texts = [record["prompt"] for record in shown]
+    images = [image_of(record, "image", 0, run.options.allow_outside) for record in shown]
+    answers = generate(run.policy, run.prompts, texts, images, max_new_tokens=128)
+    found["samples"] = [f"{text} -> {answer}" for text, answer in zip(texts, answers)]
+    run.policy.train()
+    return found
+
+
+def show(bar, line):
+    """One step on the terminal: the progress bar, and samples above it."""
+    bar.update()
+    names = ("loss", "rewards/accuracies", "rewards/margins", "tokens_per_second")
+    bar.set_postfix({name.split("/")[-1]: f"{line[name]:.3g}" for name in names if name in line})
+    for sample in line.get("samples", ()):
+        bar.write(f"step {line['step']}: {sample}")
+
+
+# --- command line ---------------------------------------------------------------------------------
+
+
+def read_options(argv):
+    """The command line as Options; without --model and --data, those of the bundled tiny world."""
+    notes = symmpo.weight_defaults()
+    options = parse(Options, __doc__, argv, notes)
+    if options.model is None and options.data is None:
+        preset = json.loads((TINY / "options.json").read_text())
+        for name in ("model", "data", "eval_data"):
+            preset[name] = str(TINY / "built" / preset[name])
+        options = parse(Options, __doc__, argv, notes, **preset)
+    return options
 
 
 def main(argv=None):
+    run_command(command, sys.argv[1:] if argv is None else argv)
+
+
+def command(argv):
+    """python train.py ARGV"""
+    options = read_options(argv)
     try:
-        args = parse_args(argv)
-        run, done = train(args)
-        skipped = over_processes(run.skipped)
-        if os.environ.get("RANK", "0") != "0":
-            return  # rank 0 speaks for all
-        if args.model == TINY_PRESET["model"] and done == args.steps:
-            tiny_report(run)
-    except (Problem, ImportError, OSError, sqlite3.Error) as e:
-        hint = f": pip install {e.name}" if isinstance(e, ImportError) else ""
-        if isinstance(e, (OSError, sqlite3.Error)):  # perhaps a full disk
-            hint = f"; this run writes to {args.out} and {args.cache}"
-        print(f"error: {e}{hint}", file=sys.stderr)
-        sys.exit(2)
-    for reason in skipped:
+        run, done = train(options)
+    except (OSError, sqlite3.Error) as error:  # perhaps a full disk
+        raise UserError(f"{error}; this run writes to {options.out} and {options.cache}") from error
+    left_out = processes.add_up(run.left_out)
+    if run.rank > 0:
+        return  # rank 0 speaks for all
+    if done == options.steps and options.model == str(TINY / "built" / "model"):
+        from benchmarks.answers import before_and_after
+
+        before_and_after(run.policy, run.prompts, TINY / "built" / "amber")
+    for reason in left_out:
         print(f"left out: {reason}")
-    print(f"adapter     {args.out / f'checkpoint-{done}'} (PEFT), curves {args.out / 'curves.png'}")
-    if done < args.steps:
-        again = " ".join(argv or sys.argv[1:])
-        print(f"stopped after step {done}; go on with: python train.py {again} --out {args.out} "
-              "--resume")
+    print(f"adapter     {options.out}/checkpoint-{done} (PEFT), curves {options.out}/curves.png")
+    if done < options.steps:
+        again = f"python train.py {' '.join(argv)} --out {options.out} --resume"
+        print(f"stopped after step {done}; go on with: {again}")
         sys.exit(130)
 
 

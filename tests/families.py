@@ -1,13 +1,33 @@
 """Tiny random models of the vision-language families, and rows for them (helpers of the tests)."""
+
 import torch
 import transformers as tf
 
-TEXT = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-            tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-            initializer_range=0.2)  # wide weights: attention must matter for a control to bite
-VISION = dict(hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-              image_size=28, patch_size=14, initializer_range=0.2)
+from vlm.logprobs import Row
+
+TEXT = dict(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    tie_word_embeddings=False,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+    initializer_range=0.2,
+)  # wide weights: attention must matter for a control to bite
+VISION = dict(
+    hidden_size=24,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    image_size=28,
+    patch_size=14,
+    initializer_range=0.2,
+)
 IMAGE = 63  # the image token in every one of these models
 PACKED = ["llava", "llava_next", "llava_onevision", "idefics3", "smolvlm", "internvl"]
 PLAIN = ["qwen2_vl", "qwen2_5_vl", "gemma3"]
@@ -24,71 +44,131 @@ def tiny_model(family, seed=0):
 
 
 def _llava():
-    config = tf.LlavaConfig(vision_config=tf.CLIPVisionConfig(**VISION),
-                            text_config=tf.LlamaConfig(**TEXT), image_token_id=IMAGE)
+    config = tf.LlavaConfig(
+        vision_config=tf.CLIPVisionConfig(**VISION),
+        text_config=tf.LlamaConfig(**TEXT),
+        image_token_id=IMAGE,
+    )
     return config, lambda: {"pixel_values": torch.randn(1, 3, 28, 28)}
 
 
 def _llava_next():
-    config = tf.LlavaNextConfig(vision_config=tf.CLIPVisionConfig(**VISION),
-                                text_config=tf.LlamaConfig(**TEXT), image_token_id=IMAGE,
-                                image_grid_pinpoints=[[28, 56], [56, 28]])
-    return config, lambda: {"pixel_values": torch.randn(1, 3, 3, 28, 28),
-                            "image_sizes": torch.tensor([[25, 56]])}
+    config = tf.LlavaNextConfig(
+        vision_config=tf.CLIPVisionConfig(**VISION),
+        text_config=tf.LlamaConfig(**TEXT),
+        image_token_id=IMAGE,
+        image_grid_pinpoints=[[28, 56], [56, 28]],
+    )
+    return config, lambda: {
+        "pixel_values": torch.randn(1, 3, 3, 28, 28),
+        "image_sizes": torch.tensor([[25, 56]]),
+    }
 
 
 def _llava_onevision():
     text = {**TEXT, "layer_types": ["full_attention"] * 2}
     config = tf.LlavaOnevisionConfig(
-        vision_config=tf.SiglipVisionConfig(**VISION), text_config=tf.Qwen2Config(**text),
-        image_token_id=IMAGE, image_grid_pinpoints=[[28, 56], [56, 28]])
-    return config, lambda: {"pixel_values": torch.randn(1, 3, 3, 28, 28),
-                            "image_sizes": torch.tensor([[25, 56]])}
+        vision_config=tf.SiglipVisionConfig(**VISION),
+        text_config=tf.Qwen2Config(**text),
+        image_token_id=IMAGE,
+        image_grid_pinpoints=[[28, 56], [56, 28]],
+    )
+    return config, lambda: {
+        "pixel_values": torch.randn(1, 3, 3, 28, 28),
+        "image_sizes": torch.tensor([[25, 56]]),
+    }
 
 
 def _idefics3(kind="Idefics3"):
     config = getattr(tf, kind + "Config")(
         vision_config={**VISION, "model_type": kind.lower() + "_vision"},
-        text_config={**TEXT, "model_type": "llama"}, image_token_id=IMAGE, scale_factor=2)
-    return config, lambda: {"pixel_values": torch.randn(1, 2, 3, 28, 28),
-                            "pixel_attention_mask": torch.ones(1, 2, 28, 28, dtype=torch.bool)}
+        text_config={**TEXT, "model_type": "llama"},
+        image_token_id=IMAGE,
+        scale_factor=2,
+    )
+    return config, lambda: {
+        "pixel_values": torch.randn(1, 2, 3, 28, 28),
+        "pixel_attention_mask": torch.ones(1, 2, 28, 28, dtype=torch.bool),
+    }
 
 
 def _internvl():
     config = tf.InternVLConfig(
         vision_config={**VISION, "image_size": [28, 28], "patch_size": [14, 14]},
-        text_config={**TEXT, "model_type": "qwen2"}, image_token_id=IMAGE, image_seq_length=1)
+        text_config={**TEXT, "model_type": "qwen2"},
+        image_token_id=IMAGE,
+        image_seq_length=1,
+    )
     return config, lambda: {"pixel_values": torch.randn(1, 3, 28, 28)}
 
 
 def _qwen(kind):
-    vision = dict(depth=2, hidden_size=32, num_heads=4, patch_size=14, spatial_merge_size=2,
-                  temporal_patch_size=2)
-    vision |= (dict(embed_dim=32) if kind == "Qwen2VL" else
-               dict(out_hidden_size=32, intermediate_size=48, window_size=56,
-                    fullatt_block_indexes=[1]))
-    text = {**TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2],
-                                        "rope_theta": 10000.0}}
-    config = getattr(tf, kind + "Config")(vision_config=vision, text_config=text,
-                                          image_token_id=IMAGE, video_token_id=62,
-                                          vision_start_token_id=61, vision_end_token_id=60)
-    return config, lambda: {"pixel_values": torch.randn(16, 3 * 2 * 14 * 14),
-                            "image_grid_thw": torch.tensor([[1, 4, 4]])}
+    vision = dict(
+        depth=2,
+        hidden_size=32,
+        num_heads=4,
+        patch_size=14,
+        spatial_merge_size=2,
+        temporal_patch_size=2,
+    )
+    vision |= (
+        dict(embed_dim=32)
+        if kind == "Qwen2VL"
+        else dict(
+            out_hidden_size=32, intermediate_size=48, window_size=56, fullatt_block_indexes=[1]
+        )
+    )
+    text = {
+        **TEXT,
+        "rope_parameters": {
+            "rope_type": "default",
+            "mrope_section": [1, 1, 2],
+            "rope_theta": 10000.0,
+        },
+    }
+    config = getattr(tf, kind + "Config")(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=IMAGE,
+        video_token_id=62,
+        vision_start_token_id=61,
+        vision_end_token_id=60,
+    )
+    return config, lambda: {
+        "pixel_values": torch.randn(16, 3 * 2 * 14 * 14),
+        "image_grid_thw": torch.tensor([[1, 4, 4]]),
+    }
 
 
 def _gemma3():
-    text = {**TEXT, "head_dim": 8, "sliding_window": 8,
-            "layer_types": ["sliding_attention", "full_attention"]}
-    config = tf.Gemma3Config(vision_config=tf.SiglipVisionConfig(**VISION),
-                             text_config=tf.Gemma3TextConfig(**text), image_token_id=IMAGE,
-                             boi_token_index=61, eoi_token_index=60, mm_tokens_per_image=4)
+    text = {
+        **TEXT,
+        "head_dim": 8,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    }
+    config = tf.Gemma3Config(
+        vision_config=tf.SiglipVisionConfig(**VISION),
+        text_config=tf.Gemma3TextConfig(**text),
+        image_token_id=IMAGE,
+        boi_token_index=61,
+        eoi_token_index=60,
+        mm_tokens_per_image=4,
+    )
     return config, lambda: {"pixel_values": torch.randn(1, 3, 28, 28)}
 
 
-_CONFIGS = {"llava": _llava, "llava_next": _llava_next, "llava_onevision": _llava_onevision,
-            "idefics3": _idefics3, "smolvlm": lambda: _idefics3("SmolVLM"), "internvl": _internvl,
-            "qwen2_vl": lambda: _qwen("Qwen2VL"), "qwen2_5_vl": lambda: _qwen("Qwen2_5_VL"),
-            "gemma3": _gemma3}
+_CONFIGS = {
+    "llava": _llava,
+    "llava_next": _llava_next,
+    "llava_onevision": _llava_onevision,
+    "idefics3": _idefics3,
+    "smolvlm": lambda: _idefics3("SmolVLM"),
+    "internvl": _internvl,
+    "qwen2_vl": lambda: _qwen("Qwen2VL"),
+    "qwen2_5_vl": lambda: _qwen("Qwen2_5_VL"),
+    "gemma3": _gemma3,
+}
 
 
 def tiny_rows(model, image, lengths=((5, 9, 3), (7, 4)), records=1, seed=0):
@@ -101,17 +181,23 @@ def tiny_rows(model, image, lengths=((5, 9, 3), (7, 4)), records=1, seed=0):
             found = model.get_image_features(**picture, return_dict=True).pooler_output
             n = sum(f.flatten(0, -2).shape[0] for f in found)
             text = torch.randint(3, 50, (6 + number + i,), generator=generator)
-            ids = torch.cat([torch.tensor([1, 61]), torch.full((n,), IMAGE),
-                             torch.tensor([60]), text])[None]
+            ids = torch.cat(
+                [torch.tensor([1, 61]), torch.full((n,), IMAGE), torch.tensor([60]), text]
+            )[None]
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **picture}
             kind = model.config.model_type
             if kind == "gemma3":
                 inputs["token_type_ids"] = (ids == IMAGE).long()
             if kind.startswith("qwen"):
                 inputs["mm_token_type_ids"] = (ids == IMAGE).long()
-            responses = [torch.cat([torch.randint(3, 50, (size + number - 1,),
-                                                  generator=generator), torch.tensor([2])])
-                         for size in sizes]
-            rows.append({"inputs": inputs, "responses": responses,
-                         "cells": [(number, i, y) for y in cells]})
+            responses = [
+                torch.cat(
+                    [
+                        torch.randint(3, 50, (size + number - 1,), generator=generator),
+                        torch.tensor([2]),
+                    ]
+                )
+                for size in sizes
+            ]
+            rows.append(Row(inputs, responses, [(i, y) for y in cells], record=number))
     return rows

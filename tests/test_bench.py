@@ -1,4 +1,5 @@
 """The benchmark at tiny size: its sides compute the same, its FLOPs are those that are executed."""
+
 import json
 import sys
 
@@ -69,21 +70,26 @@ def test_flops_are_those_that_are_executed(rung):
     counts = counter.get_flop_counts()["Global"]
     executed = sum(n for op, n in counts.items() if "attention" not in str(op))
     parts = bench.step_flops(TINY, *bench.layouts(TINY)[rung][:3], reference=0)
-    tower_attention = 2 * TINY["v_layers"] * 4 * 17 ** 2 * TINY["v"]
+    tower_attention = 2 * TINY["v_layers"] * 4 * 17**2 * TINY["v"]
     expected = sum(parts.values()) - parts["attention"] - tower_attention
     assert executed == pytest.approx(expected, rel=0.02)
 
 
 def test_predictions_for_the_full_size():
     for size in ("7b", "13b"):
-        flop = [sum(bench.step_flops(bench.SIZES[size], *layout).values())
-                for layout in bench.layouts(bench.SIZES[size])]
+        flop = [
+            sum(bench.step_flops(bench.SIZES[size], *layout).values())
+            for layout in bench.layouts(bench.SIZES[size])
+        ]
         assert 2.7 < flop[0] / flop[-1] < 2.9
 
 
 def test_cuda_part_runs_on_a_cpu_and_has_an_expectation_without_gpu():
-    variants = {k: v for k, v in bench.VARIANTS.items()
-                if not v or {"plain", "adapters", "attention"} & v.keys()}
+    variants = {
+        k: v
+        for k, v in bench.VARIANTS.items()
+        if not v or {"plain", "adapters", "attention"} & v.keys()
+    }
     variants["both"] = {"records": 2, "checkpointing": True}
     rows = bench.cuda("tiny", 1, "cpu", variants)["rows"]
     assert len(rows) == len(variants)
@@ -103,13 +109,14 @@ def test_flex_mask_is_the_branch_mask():
 
 
 def test_memory_of_a_step_is_seen():
-    assert bench.peak_of(lambda: torch.ones(64, 2 ** 20 // 4)) == pytest.approx(64, abs=8)
+    assert bench.peak_of(lambda: torch.ones(64, 2**20 // 4)) == pytest.approx(64, abs=8)
 
 
 def test_command_line_ends_in_json(capsys, tmp_path):
     with pytest.raises(SystemExit) as end:
-        bench.main(["--only", "floor", "--size", "tiny", "--rounds", "1", "--json", "--out",
-                    str(tmp_path)])
+        bench.main(
+            ["--only", "floor", "--size", "tiny", "--rounds", "1", "--json", "--out", str(tmp_path)]
+        )
     assert end.value.code == 0
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert 0 < last["flop_floor_fraction"] < 1 and last["trl_dpo_time_ratio"] is None
@@ -119,8 +126,10 @@ def test_command_line_ends_in_json(capsys, tmp_path):
 def test_scale_step_and_figure(tmp_path):
     points = [bench.scale_step("tiny", axis, 2) for axis in bench.AXES]
     assert points[0][0] > 0
-    steps = {axis: {"values": [1, 2], "seconds": [s / 2, s], "MiB": [20, 20 + mib]}
-             for axis, (s, mib) in zip(bench.AXES, points)}
+    steps = {
+        axis: {"values": [1, 2], "seconds": [s / 2, s], "MiB": [20, 20 + mib]}
+        for axis, (s, mib) in zip(bench.AXES, points)
+    }
     rows = [bench.scale_records(bench_records(tmp_path, n), n, check=False) for n in (10, 100)]
     assert rows[1]["records"] == 100 and rows[1]["cache look-up ms"] > 0
     bench.figure({"rows": rows, "steps": steps}, tmp_path / "scale.png")

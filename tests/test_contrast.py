@@ -1,4 +1,5 @@
 """The contrastive images: each kind on real image files, and exact neighbours."""
+
 import json
 import random
 
@@ -6,16 +7,26 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import FIXTURES
 from PIL import Image, ImageDraw
 
-import data
-from conftest import FIXTURES
+from construct import contrast
+from data import embed, nearest
+from support.images import moco, noise
 
 MADE = ("crop", "crop-large", "black", "noise", "moco")
-VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-              image_size=32, patch_size=16, initializer_range=0.2)
-TEXT = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-            vocab_size=64)
+VISION = dict(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    image_size=32,
+    patch_size=16,
+    initializer_range=0.2,
+)
+TEXT = dict(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=64
+)
 
 
 def picture(seed, size=(160, 120)):
@@ -44,22 +55,34 @@ def encoder(request, tmp_path_factory):
     elif request.param == "siglip":
         model = tf.SiglipModel(tf.SiglipConfig(vision_config=VISION, text_config=TEXT))
     else:
-        model = tf.LlavaForConditionalGeneration(tf.LlavaConfig(
-            vision_config=tf.CLIPVisionConfig(**VISION), text_config=tf.LlamaConfig(**TEXT)))
+        model = tf.LlavaForConditionalGeneration(
+            tf.LlavaConfig(
+                vision_config=tf.CLIPVisionConfig(**VISION), text_config=tf.LlamaConfig(**TEXT)
+            )
+        )
     model.save_pretrained(path)
-    images = tf.CLIPImageProcessorPil(size={"shortest_edge": 32},
-                                      crop_size={"height": 32, "width": 32})
+    images = tf.CLIPImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+    )
     tokenizer = tf.LlamaTokenizer.from_pretrained(FIXTURES / "llama_tokenizer", pad_token="<pad>")
     processor = {"clip": tf.CLIPProcessor, "siglip": tf.SiglipProcessor}.get(request.param)
-    processor = processor(images, tokenizer) if processor else tf.LlavaProcessor(
-        images, tokenizer, patch_size=16, vision_feature_select_strategy="default")
+    processor = (
+        processor(images, tokenizer)
+        if processor
+        else tf.LlavaProcessor(
+            images, tokenizer, patch_size=16, vision_feature_select_strategy="default"
+        )
+    )
     processor.save_pretrained(path)
     return path
 
 
 def run(*args, code=0):
+    argv = [str(arg) for arg in args]
+    if code == 0:
+        return contrast.main(argv)
     with pytest.raises(SystemExit) as end:
-        data.main(["contrast", *map(str, args)])
+        contrast.main(argv)
     assert end.value.code == code
 
 
@@ -82,27 +105,30 @@ def test_noise_is_the_forward_process():
     grey = Image.new("RGB", (200, 200), (127, 127, 127))
     x, rng = np.zeros((200, 200, 3)), np.random.default_rng(1)
     for beta in np.linspace(1e-4, 0.02, 1000)[:60]:  # step by step, as DDPM defines it
-        x = (1 - beta) ** 0.5 * x + beta ** 0.5 * rng.standard_normal(x.shape)
-    ours = np.asarray(data.noise(grey, random.Random(0), 60)) / 127.5 - 1
+        x = (1 - beta) ** 0.5 * x + beta**0.5 * rng.standard_normal(x.shape)
+    ours = np.asarray(noise(grey, random.Random(0), 60)) / 127.5 - 1
     assert ours.std() == pytest.approx(x.std(), rel=0.01) and abs(ours.mean()) < 0.01
     image = picture(1)
-    kept = [np.corrcoef(np.asarray(data.noise(image, random.Random(0), step)).ravel(),
-                        np.asarray(image).ravel())[0, 1] for step in (0, 250, 500, 999)]
+    kept = [
+        np.corrcoef(
+            np.asarray(noise(image, random.Random(0), step)).ravel(), np.asarray(image).ravel()
+        )[0, 1]
+        for step in (0, 250, 500, 999)
+    ]
     assert kept[0] == 1 and kept == sorted(kept, reverse=True) and abs(kept[3]) < 0.1
 
 
 def test_moco_does_all_five_things():
     image, seen = picture(3), set()
     for seed in range(60):
-        out = data.moco(image, random.Random(seed))
+        out = moco(image, random.Random(seed))
         assert out.size == image.size and out.mode == "RGB"
         r, g, b = (np.asarray(channel, int) for channel in out.split())
         seen.add("grey" if (r == g).all() and (g == b).all() else "colour")
         seen.add(out.tobytes())
     assert {"grey", "colour"} <= seen and len(seen) == 62
     red = Image.new("RGB", (32, 32), (200, 40, 40))  # a flat image shows colour jitter alone
-    hues = {data.moco(red, random.Random(seed)).convert("HSV").getpixel((9, 9))[0]
-            for seed in range(60)}
+    hues = {moco(red, random.Random(seed)).convert("HSV").getpixel((9, 9))[0] for seed in range(60)}
     assert len(hues) > 20 and all(h < 30 or h > 225 for h in hues)  # +-0.1 of the circle, wrapped
 
 
@@ -124,12 +150,20 @@ def test_the_same_seed_gives_the_same_bytes(folder, kind):
 def test_records_keep_their_fields_and_images_without_a_partner_are_left_out(folder, capsys):
     records = [{"image": f"{i}.png", "prompt": "é?", "scene": i // 2} for i in range(3)]
     (folder / "in.jsonl").write_text("\n".join(map(json.dumps, records)))
-    run(folder / "in.jsonl", "--out", folder / "new/out.jsonl", "--kind", "random",
-        "--group", "scene")
+    run(
+        folder / "in.jsonl",
+        "--out",
+        folder / "new/out.jsonl",
+        "--kind",
+        "random",
+        "--group",
+        "scene",
+    )
     pairs = {r["image"]: r["contrast_image"] for r in lines(folder / "new/out.jsonl")}
     assert pairs["../0.png"] == pairs["../1.png"] == "../2.png"
     assert lines(folder / "new/out.jsonl")[0] | records[0] == lines(folder / "new/out.jsonl")[0] | {
-        "image": "0.png"}
+        "image": "0.png"
+    }
     (folder / "in.jsonl").write_text("\n".join(map(json.dumps, records[:2])))
     run(folder / "in.jsonl", "--out", folder / "out.jsonl", "--kind", "random", "--group", "scene")
     assert lines(folder / "out.jsonl") == [] and "2 left out" in capsys.readouterr().out
@@ -146,8 +180,15 @@ def test_ready_pictures_come_through_a_mapping(folder):
     (folder / "edits").mkdir()
     picture(99).save(folder / "edits" / "e.png")
     (folder / "edits" / "map.jsonl").write_text('{"image": "3.png", "contrast_image": "e.png"}')
-    run(folder, "--out", folder / "out.jsonl", "--kind", "synthetic", "--mapping",
-        folder / "edits" / "map.jsonl")
+    run(
+        folder,
+        "--out",
+        folder / "out.jsonl",
+        "--kind",
+        "synthetic",
+        "--mapping",
+        folder / "edits" / "map.jsonl",
+    )
     [record] = lines(folder / "out.jsonl")
     assert record["image"] == "3.png" and record["contrast_image"] == "edits/e.png"
 
@@ -158,14 +199,18 @@ def test_errors_name_the_place(folder, capsys):
     (folder / "map.jsonl").write_text('{"image": "0.png"}\n')
     (folder / "empty").mkdir()
     out = ["--out", folder / "out.jsonl"]
-    for args, message in [([folder / "in.jsonl", "--kind", "crop"], "in.jsonl:3: "),
-                          ([folder / "gone.jsonl", "--kind", "crop"], "gone.png: no such image"),
-                          ([folder / "none.jsonl", "--kind", "crop"], "No such file"),
-                          ([folder / "empty", "--kind", "crop"], "no images"),
-                          ([folder, "--kind", "synthetic"], "synthetic.jsonl: "),
-                          ([folder, "--kind", "synthetic", "--mapping", folder / "map.jsonl"],
-                           "map.jsonl:1: the field contrast_image"),
-                          ([folder, "--encoder", folder / "empty"], "not an image encoder")]:
+    for args, message in [
+        ([folder / "in.jsonl", "--kind", "crop"], "in.jsonl:3: "),
+        ([folder / "gone.jsonl", "--kind", "crop"], "gone.png: no such image"),
+        ([folder / "none.jsonl", "--kind", "crop"], "No such file"),
+        ([folder / "empty", "--kind", "crop"], "no images"),
+        ([folder, "--kind", "synthetic"], "synthetic.jsonl: "),
+        (
+            [folder, "--kind", "synthetic", "--mapping", folder / "map.jsonl"],
+            "map.jsonl:1: the field contrast_image",
+        ),
+        ([folder, "--encoder", folder / "empty"], "not an image encoder"),
+    ]:
         run(*args, *out, code=2)
         assert message in capsys.readouterr().err
     assert not (folder / "out.jsonl").exists()
@@ -180,14 +225,17 @@ def test_neighbours_are_exact(block):
     vectors = torch.nn.functional.normalize(torch.randn(50, 4), dim=1)
     vectors[7] = vectors[3]  # a duplicate that only the ceiling can catch
     labels = [torch.arange(50) // 5, torch.arange(50) % 9]
-    index, cosine = data.neighbours(vectors, labels, max_sim=0.95, block=block)
+    index, cosine = nearest(vectors, labels, max_sim=0.95, block=block)
     for i in range(50):
-        allowed = {j: float(vectors[i] @ vectors[j]) for j in range(50)
-                   if all(label[i] != label[j] for label in labels)}
+        allowed = {
+            j: float(vectors[i] @ vectors[j])
+            for j in range(50)
+            if all(label[i] != label[j] for label in labels)
+        }
         best = max(c for c in allowed.values() if c <= 0.95)
         assert allowed[int(index[i])] == pytest.approx(best, abs=1e-6)
         assert float(cosine[i]) == pytest.approx(best, abs=1e-6)
-    alone = data.neighbours(vectors, [torch.zeros(50)], 1.0)[1]
+    alone = nearest(vectors, [torch.zeros(50)], 1.0)[1]
     assert torch.isinf(alone).all()
 
 
@@ -205,27 +253,41 @@ def test_every_encoder_family_finds_neighbours_and_no_duplicates(folder, encoder
     run(folder, "--out", folder / "all.jsonl", "--encoder", encoder, "--max-sim", 2)
     pairs = {r["image"]: r["contrast_image"] for r in lines(folder / "all.jsonl")}
     assert pairs["0.png"] == pairs["copy.bmp"] == "nearly.png"  # without a ceiling, the same pixels
-    vectors, _ = data.embed([folder / f"{i}.png" for i in range(8)], encoder, folder / "cache")
+    vectors, _ = embed([folder / f"{i}.png" for i in range(8)], encoder, folder / "cache")
     assert vectors.norm(dim=1).allclose(torch.ones(8))
     near = round(float(vectors[4] @ vectors[int(found["4.png"]["contrast_image"][0])]), 4)
     assert near == pytest.approx(found["4.png"]["similarity"], abs=1e-4)
     floor = sorted(r["similarity"] for r in found.values())[5]
-    run(folder, "--out", folder / "out.jsonl", "--encoder", encoder, "--max-sim", 0.999,
-        "--min-sim", floor - 1e-4)
+    run(
+        folder,
+        "--out",
+        folder / "out.jsonl",
+        "--encoder",
+        encoder,
+        "--max-sim",
+        0.999,
+        "--min-sim",
+        floor - 1e-4,
+    )
     assert len(lines(folder / "out.jsonl")) == sum(r["similarity"] >= floor for r in found.values())
 
 
 def test_embeddings_are_cached_by_content(folder, encoder):
     files = [folder / f"{i}.png" for i in range(8)]
-    first, _ = data.embed(files, encoder, folder / "cache", batch=4)
+    first, _ = embed(files, encoder, folder / "cache", batch=4)
     kept = {p: p.stat().st_mtime_ns for p in (folder / "cache").iterdir()}
-    again, _ = data.embed(files, encoder, folder / "cache", batch=4)
+    again, _ = embed(files, encoder, folder / "cache", batch=4)
     assert torch.equal(first, again) and len(kept) == 2
     assert kept == {p: p.stat().st_mtime_ns for p in (folder / "cache").iterdir()}
     picture(77).save(files[6])  # the same name with another content
-    changed, _ = data.embed(files, encoder, folder / "cache", batch=4)
+    changed, _ = embed(files, encoder, folder / "cache", batch=4)
     assert len(list((folder / "cache").iterdir())) == 3
     assert torch.equal(first[:6], changed[:6]) and not torch.allclose(first[6], changed[6])
+
+
+def test_a_step_outside_the_schedule_is_refused_by_name(folder, capsys):
+    run(folder, "--kind", "noise", "--out", folder / "out.jsonl", "--step", 2000, code=2)
+    assert "--step" in capsys.readouterr().err
 
 
 def test_an_output_without_a_suffix_is_named(folder, tmp_path, capsys):

@@ -1,4 +1,5 @@
 """evaluate.py: the five scorers against known results, generation, judging, and the commands."""
+
 import base64
 import functools
 import io
@@ -11,18 +12,34 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT, TINY
 from PIL import Image
 
+import benchmarks
 import evaluate
-from data import TINY, Problem, load_model
-from test_respond import serve  # noqa: F401  a real server that speaks the OpenAI protocol
+from benchmarks import BENCHMARKS
+from benchmarks import answers as answering
+from benchmarks.amber.amber import yes_or_no
+from benchmarks.answers import answer, before_and_after, measure
+from benchmarks.common import Question, Settings, image_file, read
+from support.cli import UserError
+from vlm.load import load_adapter, load_model
+from vlm.prompts import Prompts
 
-ROOT = Path(__file__).resolve().parent.parent
 KNOWN = Path(__file__).resolve().parent / "fixtures" / "benchmarks"
 
 
-def metrics(*args, **options):
-    return evaluate.score(*args, **options)["metrics"]
+def score(benchmark, answers, folder, judgements=None, **settings):
+    return benchmarks.score(benchmark, answers, folder, Settings(judgements=judgements, **settings))
+
+
+def metrics(*args, **settings):
+    return score(*args, **settings)["metrics"]
+
+
+def questions(benchmark, folder, **settings):
+    image_file.cache_clear()
+    return BENCHMARKS[benchmark].questions(folder, Settings(**settings))
 
 
 def save(path, value):
@@ -36,25 +53,32 @@ def save(path, value):
 
 @pytest.mark.parametrize("protocol", ["symmpo", "official"])
 def test_amber_captions_as_the_official_scorer(protocol):
-    answers = evaluate.read(KNOWN / "amber/answers.json")
-    assert metrics("amber", answers, KNOWN / "amber", protocol=protocol, dimension="g",
-                   similar=[]) == {"generative": {"CHAIR": 47.1, "Cover": 12.1, "Hal": 25.0,
-                                                  "Cog": 12.2}}
+    answers = read(KNOWN / "amber/answers.json")
+    assert metrics(
+        "amber", answers, KNOWN / "amber", protocol=protocol, dimension="g", similar=[]
+    ) == {"generative": {"CHAIR": 47.1, "Cover": 12.1, "Hal": 25.0, "Cog": 12.2}}
 
 
 def test_hallusionbench_as_the_official_scorer():
-    answers = evaluate.read(KNOWN / "hallusionbench/answers.jsonl")
-    replies = evaluate.read(KNOWN / "hallusionbench/judgements.json")
+    answers = read(KNOWN / "hallusionbench/answers.jsonl")
+    replies = read(KNOWN / "hallusionbench/judgements.json")
     assert metrics("hallusionbench", answers, ".", replies) == {
-        "qAcc": 34.8624, "fAcc": 38.3562, "aAcc": 65.4275}
+        "qAcc": 34.8624,
+        "fAcc": 38.3562,
+        "aAcc": 65.4275,
+    }
 
 
-@pytest.mark.parametrize("protocol, score, rate, types", [
-    ("symmpo", 155 / 96, 65.625, [20, 14, 22, 20, 20, 22, 10, 27]),
-    ("official", 133 / 96, 68 / 0.96, [20, 7, 22, 15, 17, 21, 10, 21])])
+@pytest.mark.parametrize(
+    "protocol, score, rate, types",
+    [
+        ("symmpo", 155 / 96, 65.625, [20, 14, 22, 20, 20, 22, 10, 27]),
+        ("official", 133 / 96, 68 / 0.96, [20, 7, 22, 15, 17, 21, 10, 21]),
+    ],
+)
 def test_mmhal_as_the_official_scorers(protocol, score, rate, types):
-    replies = evaluate.read(KNOWN / "mmhal/judgements.json")
-    found = metrics("mmhal", [{}] * 96, ".", replies, protocol)
+    replies = read(KNOWN / "mmhal/judgements.json")
+    found = metrics("mmhal", [{}] * 96, ".", replies, protocol=protocol)
     assert found["score"] == pytest.approx(score)
     assert found["hallucination_rate"] == pytest.approx(rate)
     assert found["score_per_type"] == pytest.approx([total / 12 for total in types])
@@ -67,19 +91,36 @@ def test_mmhal_as_the_official_scorers(protocol, score, rate, types):
 def amber(tmp_path):
     """Two captions and six yes/no questions: 3 and 4 existence, 5 state, 6 number, 7 and 8
     relation (written the two ways in which AMBER writes it); truths alternate no, yes."""
-    kinds = ["discriminative-hallucination", "discriminative-hallucination",
-             "discriminative-attribute-state", "discriminative-attribute-number",
-             "discriminative-relation", "relation"]
-    notes = [{"id": i, "type": "generative", "truth": ["sky", "person"], "hallu": ["dog"]}
-             for i in (1, 2)]
-    notes += [{"id": i, "type": kind, "truth": "yes" if i % 2 == 0 else "no"}
-              for i, kind in enumerate(kinds, 3)]
+    kinds = [
+        "discriminative-hallucination",
+        "discriminative-hallucination",
+        "discriminative-attribute-state",
+        "discriminative-attribute-number",
+        "discriminative-relation",
+        "relation",
+    ]
+    notes = [
+        {"id": i, "type": "generative", "truth": ["sky", "person"], "hallu": ["dog"]}
+        for i in (1, 2)
+    ]
+    notes += [
+        {"id": i, "type": kind, "truth": "yes" if i % 2 == 0 else "no"}
+        for i, kind in enumerate(kinds, 3)
+    ]
     folder = tmp_path / "amber"
     save(folder / "annotations.json", notes)
-    save(folder / "relation.json", {"sky": [], "person": ["man", "woman"], "dog": ["puppy"],
-                                    "cloud": [], "line": [], "hat": []})
+    save(
+        folder / "relation.json",
+        {
+            "sky": [],
+            "person": ["child", "woman"],
+            "dog": ["puppy"],
+            "cloud": [],
+            "line": [],
+            "hat": [],
+        },
+    )
     (folder / "safe_words.txt").write_text("line\n")
-    save(folder / "lemma_table.json", {"dogs": "dog", "men": "man"})
     rng = np.random.default_rng(0)
     queries = []
     for i in range(1, 9):
@@ -93,13 +134,19 @@ def amber(tmp_path):
 
 
 def test_amber_words_and_pairs(amber):
-    captions = [{"id": 1, "response": "Two men, a puppy/dog and a line under the sky; sky's blue."},
-                {"id": 2, "response": "A hat."}]
-    # men and puppy/dog (one token, no noun of AMBER's): man covers person; line is safe; sky twice
+    captions = [
+        {"id": 1, "response": "Two children, a puppy/dog and a line under the sky; sky's blue."},
+        {"id": 2, "response": "A hat."},
+    ]
+    # puppy/dog is one token, no noun of AMBER's; child covers person; line is safe; sky twice
     assert metrics("amber", captions, amber, dimension="g")["generative"] == {
-        "CHAIR": 20.0, "Cover": 50.0, "Hal": 50.0, "Cog": 0.0}  # the hat, among 5 nouns
+        "CHAIR": 20.0,
+        "Cover": 50.0,
+        "Hal": 50.0,
+        "Cog": 0.0,
+    }  # the hat, among 5 nouns
     pairs = [["hat", "dog"], ["sky", "hat"]]  # marks the dog, then covers the sky: no hallucination
-    found = evaluate.score("amber", captions, amber, dimension="g", similar=pairs)
+    found = score("amber", captions, amber, dimension="g", similar=pairs)
     assert found["metrics"]["generative"] == {"CHAIR": 0.0, "Cover": 75.0, "Hal": 0.0, "Cog": 50.0}
     assert "table of pairs" in found["reading"]
 
@@ -113,29 +160,57 @@ def test_amber_yes_no_by_protocol(amber):
     strict = metrics("amber", answers, amber, protocol="official", dimension="dr")
     assert strict == {"relation": {"Accuracy": 50.0, "Precision": 0.0, "Recall": 0.0, "F1": 0.0}}
     assert list(metrics("amber", answers, amber, dimension="da")) == [
-        "attribute", "state", "number", "action"]
+        "attribute",
+        "state",
+        "number",
+        "action",
+    ]
     assert list(metrics("amber", answers, amber))[:2] == ["generative", "discriminative"]
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("yes", "Yes"), ("No.", "No"), ("", "Yes"), ("maybe", "Yes"), ("unknown", "No"),
-    ("Yes, no doubt", "Yes"), ("Not that I can see, yes", "No"), ("I would say yes", "Yes"),
-    ("There is a dog, no", "No"), ("Look, no dog is there", "No"), ("A dog sits there", None),
-    ("I say yes and not no!!!!!!", "Yes")])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("yes", "Yes"),
+        ("No.", "No"),
+        ("", "Yes"),
+        ("maybe", "Yes"),
+        ("unknown", "No"),
+        ("Yes, no doubt", "Yes"),
+        ("Not that I can see, yes", "No"),
+        ("I would say yes", "Yes"),
+        ("There is a dog, no", "No"),
+        ("Look, no dog is there", "No"),
+        ("A dog sits there", None),
+        ("I say yes and not no!!!!!!", "Yes"),
+    ],
+)
 def test_amber_reads_free_answers(text, expected):
-    assert evaluate.yes_or_no(text) == (expected or text)
+    assert yes_or_no(text) == (expected or text)
 
 
 def hallusion(figure, question, said, truth="1", category="VD"):
-    return {"category": category, "subcategory": "map", "set_id": "0", "figure_id": str(figure),
-            "question_id": str(question), "gt_answer": truth, "model_prediction": said}
+    return {
+        "category": category,
+        "subcategory": "map",
+        "set_id": "0",
+        "figure_id": str(figure),
+        "question_id": str(question),
+        "gt_answer": truth,
+        "model_prediction": said,
+    }
 
 
 def test_hallusionbench_groups_and_reading_without_judge():
-    answers = [hallusion(0, 0, "Yes."), hallusion(1, 0, "No, it is not.", "0"),
-               hallusion(0, 1, "I cannot tell"), hallusion(1, 1, "The map says yes"),
-               hallusion(0, 0, "unsure", category="VS"), hallusion(1, 0, "now", category="VS")]
-    found = evaluate.score("hallusionbench", answers, ".")
+    answers = [
+        hallusion(0, 0, "Yes."),
+        hallusion(1, 0, "No, it is not.", "0"),
+        hallusion(0, 1, "I cannot tell"),
+        hallusion(1, 1, "The map says yes"),
+        hallusion(0, 0, "unsure", category="VS"),
+        hallusion(1, 0, "now", category="VS"),
+    ]
+    found = score("hallusionbench", answers, ".")
     # VS figure 0 may be unsure and is no figure; "now" is not "no"
     assert found["metrics"] == {"qAcc": 33.3333, "fAcc": 33.3333, "aAcc": 66.6667}
     assert found["reading"].startswith("no judge")
@@ -145,14 +220,29 @@ def test_hallusionbench_groups_and_reading_without_judge():
 
 def mmstar(prediction, answer="B"):
     """One answer to each of the 18 sub-categories."""
-    parts = [key for key in evaluate.BENCHMARKS["mmstar"]["sizes"] if "(" in key]
-    return [{"category": key.partition("(")[0], "l2_category": key.partition("(")[2][:-1],
-             "answer": answer, "prediction": prediction} for key in parts]
+    rows = []
+    for category, parts in BENCHMARKS["mmstar"].CATEGORIES.items():
+        for part in parts:
+            row = {"category": category, "l2_category": part}
+            rows.append({**row, "answer": answer, "prediction": prediction})
+    return rows
 
 
-@pytest.mark.parametrize("prediction, official, symmpo", [
-    ("B", 1, 1), ("b) a cat", 1, 1), ("(B)", 1, 1), ("Option B", 1, 1), ("The answer is B", 1, 0),
-    ("", 0, 0), ("It is B", 0, 1), ("the option\nB", 0, 1), ("option\nB", 1, 1), ("?", 0, 0)])
+@pytest.mark.parametrize(
+    "prediction, official, symmpo",
+    [
+        ("B", 1, 1),
+        ("b) a cat", 1, 1),
+        ("(B)", 1, 1),
+        ("Option B", 1, 1),
+        ("The answer is B", 1, 0),
+        ("", 0, 0),
+        ("It is B", 0, 1),
+        ("the option\nB", 0, 1),
+        ("option\nB", 1, 1),
+        ("?", 0, 0),
+    ],
+)
 def test_mmstar_letters(prediction, official, symmpo):
     for protocol, right in (("official", official), ("symmpo", symmpo)):
         found = metrics("mmstar", mmstar(prediction), ".", protocol=protocol)
@@ -162,12 +252,16 @@ def test_mmstar_letters(prediction, official, symmpo):
 
 
 def test_mmstar_takes_the_sizes_of_another_question_file(tmp_path):
-    lines = [{"category": "math", "l2_category": "sums", "question": "?", "answer": a}
-             for a in "ABCD"]
+    lines = [
+        {"category": "math", "l2_category": "sums", "question": "?", "answer": a} for a in "ABCD"
+    ]
     (tmp_path / "mmstar.jsonl").write_text("\n".join(map(json.dumps, lines)))
     answers = [{**line, "prediction": "A"} for line in lines]
     assert metrics("mmstar", answers, tmp_path) == {
-        "overall": 25.0, "math": 25.0, "math(sums)": 25.0}
+        "overall": 25.0,
+        "math": 25.0,
+        "math(sums)": 25.0,
+    }
 
 
 @pytest.fixture
@@ -176,13 +270,22 @@ def objhal(tmp_path):
     folder = tmp_path / "objhal"
     names = ["cat", "chair", "dog", "person", "dining table"]
     for split, image, objects, caption in [
-            ("train", 1, ["cat"], "A kitten on a wooden chair."),
-            ("val", 2, ["dog", "person"], "Dogs at a dining table.")]:
-        save(folder / f"annotations/captions_{split}2014.json",
-             {"annotations": [{"image_id": image, "caption": caption}]})
-        save(folder / f"annotations/instances_{split}2014.json",
-             {"categories": [{"id": i, "name": name} for i, name in enumerate(names)],
-              "annotations": [{"image_id": image, "category_id": names.index(o)} for o in objects]})
+        ("train", 1, ["cat"], "A kitten on a wooden chair."),
+        ("val", 2, ["dog", "person"], "Dogs at a dining table."),
+    ]:
+        save(
+            folder / f"annotations/captions_{split}2014.json",
+            {"annotations": [{"image_id": image, "caption": caption}]},
+        )
+        save(
+            folder / f"annotations/instances_{split}2014.json",
+            {
+                "categories": [{"id": i, "name": name} for i, name in enumerate(names)],
+                "annotations": [
+                    {"image_id": image, "category_id": names.index(o)} for o in objects
+                ],
+            },
+        )
     return folder
 
 
@@ -191,9 +294,10 @@ def test_objhal_caption_mode(objhal, tmp_path):
         {"image_id": 1, "text": "Assistant: A baby cat on a chair by a wine glass. The cat..."},
         {"image_id": 2, "text": "Two women with puppies on tables, and a hot dog."},
         {"image_id": 2, "text": "The toilet has a seat; the seat is up."},
-        {"image_id": 1, "text": "Nothing to see."}]
+        {"image_id": 1, "text": "Nothing to see."},
+    ]
     # 1: cat chair [wine glass] cat; 2: person dog table [hot dog]; 3: [toilet], its seat no chair
-    found = evaluate.score("objhal", answers, objhal)
+    found = score("objhal", answers, objhal)
     assert found["metrics"]["response_hallucination"] == 100.0
     assert found["metrics"]["mention_hallucination"] == pytest.approx(100 * 3 / 9)
     assert "no judge: caption mode" in found["reading"]
@@ -203,44 +307,74 @@ def test_objhal_caption_mode(objhal, tmp_path):
 
 
 def test_objhal_judge_mode(objhal):
-    answers = [{"image_id": 1, "text": "There is a cat with a laptop here."},
-               {"image_id": 2, "text": "Dogs, a man and his car door."},
-               {"image_id": 2, "text": "A cat sits."}]  # three words: the judge is not asked
-    replies = ['["cats", "Cat", "red laptop"]',
-               'They are:\n["dogs", "group of men", "car door", "dining tables", "tennis racket"]',
-               "not asked"]
-    found = evaluate.score("objhal", answers, objhal, replies)
+    answers = [
+        {"image_id": 1, "text": "There is a cat with a laptop here."},
+        {"image_id": 2, "text": "Dogs, a man and his car door."},
+        {"image_id": 2, "text": "A cat sits."},
+    ]  # three words: the judge is not asked
+    replies = [
+        '["cats", "Cat", "red laptop"]',
+        'They are:\n["dogs", "group of men", "car door", "dining tables", "tennis racket"]',
+        "not asked",
+    ]
+    found = score("objhal", answers, objhal, replies)
     # cat [laptop]; dog man "dining table" ["tennis racket"]; a car door is no car
-    assert found["metrics"] == {"response_hallucination": 100.0,
-                                "mention_hallucination": pytest.approx(100 * 2 / 6)}
-    with pytest.raises(Problem, match="not a JSON list"):
-        evaluate.score("objhal", answers, objhal, ["dogs and cats"] * 3)
+    assert found["metrics"] == {
+        "response_hallucination": 100.0,
+        "mention_hallucination": pytest.approx(100 * 2 / 6),
+    }
+    with pytest.raises(UserError, match="not a JSON list"):
+        score("objhal", answers, objhal, ["dogs and cats"] * 3)
 
 
 def test_judgements_may_be_chat_completions():
     wrapped = [{"choices": [{"message": {"content": "Rating: 4"}}]}] * 96
-    assert metrics("mmhal", [{}] * 96, ".", wrapped)["score"] == 4
+    assert metrics("mmhal", [{}] * 96, ".", [evaluate.judge_text(r) for r in wrapped])["score"] == 4
 
 
-@pytest.mark.parametrize("benchmark, answers, replies, message", [
-    ("hallusionbench", [hallusion(0, 0, "yes"), hallusion(0, 0, "yes")], None, "second one"),
-    ("hallusionbench", [hallusion(1, 0, "yes")], None, "figure 0"),
-    ("hallusionbench", [hallusion(0, 0, "yes")], ["correct"] * 2, "2 judgements for 1"),
-    ("mmhal", [{}] * 95, ["Rating: 3"] * 95, "96 questions"),
-    ("mmhal", [{}] * 96, None, "no judge-free reading"),
-    ("mmstar", mmstar("A")[1:], None, "no answers in coarse perception"),
-    ("mmstar", [{**mmstar("A")[0], "prediction": None}], None, "answer 1: the field prediction"),
-    ("objhal", [{"image_id": 1, "text": "Nothing at all here."}], None, "names any COCO object"),
-    ("objhal", [{"image_id": 7, "text": "A cat."}], None, "what is in image 7"),
-    ("amber", [{"id": 9, "response": "Yes"}], None, "no question with the id 9"),
-    ("amber", [{"response": "Yes"}], None, "answer 1: the field id"),
-    ("amber", [], None, "no answers")])
+@pytest.mark.parametrize(
+    "benchmark, answers, replies, message",
+    [
+        ("hallusionbench", [hallusion(0, 0, "yes"), hallusion(0, 0, "yes")], None, "second one"),
+        ("hallusionbench", [hallusion(1, 0, "yes")], None, "figure 0"),
+        ("hallusionbench", [hallusion(0, 0, "yes")], ["correct"] * 2, "2 judgements for 1"),
+        ("mmhal", [{}] * 95, ["Rating: 3"] * 95, "96 questions"),
+        ("mmhal", [{}] * 96, None, "no judge-free reading"),
+        ("mmstar", mmstar("A")[1:], None, "no answers in coarse perception"),
+        (
+            "mmstar",
+            [{**mmstar("A")[0], "prediction": None}],
+            None,
+            "answer 1: the field prediction",
+        ),
+        (
+            "objhal",
+            [{"image_id": 1, "text": "Nothing at all here."}],
+            None,
+            "names any COCO object",
+        ),
+        ("objhal", [{"image_id": 7, "text": "A cat."}], None, "what is in image 7"),
+        ("amber", [{"id": 9, "response": "Yes"}], None, "no question with the id 9"),
+        ("amber", [{"response": "Yes"}], None, "answer 1: the field id"),
+        ("amber", [], None, "no answers"),
+    ],
+)
 def test_errors_are_one_clear_line(benchmark, answers, replies, message, objhal, amber, tmp_path):
     save(tmp_path / "answers.json", answers)
     save(tmp_path / "replies.json", replies)
-    command = [sys.executable, ROOT / "evaluate.py", "score", "--benchmark", benchmark,
-               "--data", objhal if benchmark == "objhal" else amber, "--out", tmp_path / "m.json",
-               "--answers", tmp_path / "answers.json"]
+    command = [
+        sys.executable,
+        ROOT / "evaluate.py",
+        "score",
+        "--benchmark",
+        benchmark,
+        "--data",
+        objhal if benchmark == "objhal" else amber,
+        "--out",
+        tmp_path / "m.json",
+        "--answers",
+        tmp_path / "answers.json",
+    ]
     command += ["--judgements", tmp_path / "replies.json"] * (replies is not None)
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 2 and not (tmp_path / "m.json").exists()
@@ -248,48 +382,165 @@ def test_errors_are_one_clear_line(benchmark, answers, replies, message, objhal,
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("text, message", [
-    ('[{"id": 1},\n{"id": }]', "line 2"), ('{"id": 1}\n{"id"\n', "line 2"),
-    ("version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS pointer")])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('[{"id": 1},\n{"id": }]', "line 2"),
+        ('{"id": 1}\n{"id"\n', "line 2"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS pointer"),
+    ],
+)
 def test_broken_files_are_named(tmp_path, text, message):
     for name in ["answers.jsonl"] + ["mmstar.parquet"] * ("git-lfs" in text):
         (tmp_path / name).write_text(text)
-        with pytest.raises(Problem, match=message):
-            evaluate.read(tmp_path / name)
+        with pytest.raises(UserError, match=message):
+            read(tmp_path / name)
 
 
-@pytest.mark.parametrize("name, text, value", [
-    ("a.json", '{"a": {}}', {"a": {}}), ("a.json", '{\n "a": [{}\n, {}]\n}', {"a": [{}, {}]}),
-    ("a.json", '{"a": 1}\n{"a": 2}\n', [{"a": 1}, {"a": 2}]), ("a.json", "[]", []),
-    ("a.json", '\ufeff{"a": "}\\n{"}\r\n{"a": 2}', [{"a": "}\n{"}, {"a": 2}]),
-    ("a.jsonl", '{"a": 1}', [{"a": 1}]), ("a.jsonl", '[{"a": 1}]', [{"a": 1}]),
-    ("a.jsonl", '"x"\n\n"y"\n', ["x", "y"]), ("a.jsonl", "", [])])
+@pytest.mark.parametrize(
+    "name, text, value",
+    [
+        ("a.json", '{"a": {}}', {"a": {}}),
+        ("a.json", '{\n "a": [{}\n, {}]\n}', {"a": [{}, {}]}),
+        ("a.json", '{"a": 1}\n{"a": 2}\n', [{"a": 1}, {"a": 2}]),
+        ("a.json", "[]", []),
+        ("a.json", '\ufeff{"a": "}\\n{"}\r\n{"a": 2}', [{"a": "}\n{"}, {"a": 2}]),
+        ("a.jsonl", '{"a": 1}', [{"a": 1}]),
+        ("a.jsonl", '[{"a": 1}]', [{"a": 1}]),
+        ("a.jsonl", '"x"\n\n"y"\n', ["x", "y"]),
+        ("a.jsonl", "", []),
+    ],
+)
 def test_json_and_jsonl_are_told_apart(tmp_path, name, text, value):
     (tmp_path / name).write_text(text, newline="")
-    assert evaluate.read(tmp_path / name) == value
+    assert read(tmp_path / name) == value
+
+
+# --- words ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("word", ["chopsticks", "earrings", "slippers", "sunglasses"])
+def test_words_that_amber_has_in_the_plural_only_are_never_found(tmp_path, word):
+    """Officially a noun is lemmatised first, and the singular is not in the vocabulary."""
+    notes = [{"id": 1, "type": "generative", "truth": ["sky"], "hallu": [word]}]
+    save(tmp_path / "annotations.json", notes)
+    save(tmp_path / "relation.json", {"sky": [], word: []})
+    (tmp_path / "safe_words.txt").write_text("")
+    answers = [{"id": 1, "response": f"The sky and {word}."}]
+    found = metrics("amber", answers, tmp_path, dimension="g")["generative"]
+    assert found == {"CHAIR": 0.0, "Cover": 99.9, "Hal": 0.1, "Cog": 0.0}
+
+
+@pytest.mark.parametrize(
+    "table, form, lemma",
+    [
+        ("amber", "chopsticks", "chopstick"),
+        ("amber", "earrings", "earring"),
+        ("amber", "sunglasses", "sunglass"),
+        ("amber", "people", "people"),
+        ("amber", "knives", "knife"),
+        ("amber", "children", "child"),
+        ("amber", "glasses", "glass"),
+        ("objhal", "sports", "sport"),
+        ("objhal", "knives", "knife"),
+        ("objhal", "skis", "ski"),
+        ("objhal", "scissors", None),
+        ("objhal", "mice", "mouse"),
+    ],
+)
+def test_lemmas_are_those_of_wordnet(table, form, lemma):
+    lemmas = read(benchmarks.common.word_list(table, "lemma_table.json"))
+    assert lemmas.get(form, form) == (lemma or form)
+
+
+# --- folders --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", benchmarks.NAMES)
+def test_a_benchmark_is_a_folder_that_says_where_it_comes_from(name):
+    folder = ROOT / "benchmarks" / name
+    text = (folder / "README.md").read_text()
+    for heading in ("Source: https://", "## How to get it", "## How the scorer here departs"):
+        assert heading in text
+    for path in folder.iterdir():
+        if path.suffix in (".json", ".txt"):
+            assert f"`{path.name}`" in text, f"{path.name}: origin and licence are missing"
+
+
+def test_another_benchmark_is_one_module(tmp_path, monkeypatch):
+    class Sixth:
+        ITEMS, ANSWER, FILES, COLUMNS = 1, "said", ("sixth.json",), {"Right↑": ("right",)}
+
+        @staticmethod
+        def questions(folder, settings):
+            return [Question(row["ask"], None, row) for row in read(folder / "sixth.json")]
+
+        @staticmethod
+        def score(answers, folder, settings):
+            return {"right": 100.0 * (answers[0]["said"] == answers[0]["true"])}, "equal texts"
+
+    monkeypatch.setitem(BENCHMARKS, "sixth", Sixth)
+    answers = save(tmp_path / "answers.json", [{"ask": "?", "true": "b", "said": "b"}])
+    run(
+        "score",
+        "--benchmark",
+        "sixth",
+        "--data",
+        tmp_path,
+        "--answers",
+        answers,
+        "--out",
+        tmp_path / "metrics.json",
+    )
+    run("report", tmp_path / "metrics.json", "--out", tmp_path)
+    assert "| answers | 100 |" in (tmp_path / "report.md").read_text()
 
 
 # --- cost -----------------------------------------------------------------------------------------
 
 
 def test_scoring_is_quick_and_needs_no_torch(tmp_path):
-    rows = [{"id": i, "type": "discriminative-hallucination", "truth": "no"} if i > 1004 else
-            {"id": i, "type": "generative", "truth": ["sky", "person"], "hallu": ["dog"]}
-            for i in range(1, 15221)]
+    rows = [
+        {"id": i, "type": "discriminative-hallucination", "truth": "no"}
+        if i > 1004
+        else {"id": i, "type": "generative", "truth": ["sky", "person"], "hallu": ["dog"]}
+        for i in range(1, 15221)
+    ]
     save(tmp_path / "annotations.json", rows)
     save(tmp_path / "relation.json", {"sky": [], "person": ["man"], "dog": []})
     (tmp_path / "safe_words.txt").write_text("line\n")
     caption = "A man looks at the sky and at a dog, which looks at the man. " * 6
-    save(tmp_path / "answers.json", [{"id": row["id"], "response": caption if i < 1004 else "No."}
-                                     for i, row in enumerate(rows)])
-    code = ("import sys, evaluate; evaluate.main(sys.argv[1:]); "
-            "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)")
+    save(
+        tmp_path / "answers.json",
+        [
+            {"id": row["id"], "response": caption if i < 1004 else "No."}
+            for i, row in enumerate(rows)
+        ],
+    )
+    code = (
+        "import sys, evaluate; evaluate.main(sys.argv[1:]); "
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
     begin = time.time()
-    done = subprocess.run([sys.executable, "-c", code, "score", "--benchmark", "amber", "--data",
-                           tmp_path, "--answers", tmp_path / "answers.json", "--out",
-                           tmp_path / "m.json"], cwd=ROOT)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            code,
+            "score",
+            "--benchmark",
+            "amber",
+            "--data",
+            tmp_path,
+            "--answers",
+            tmp_path / "answers.json",
+            "--out",
+            tmp_path / "m.json",
+        ],
+        cwd=ROOT,
+    )
     assert done.returncode == 0 and time.time() - begin < 5
-    assert evaluate.read(tmp_path / "m.json")["metrics"]["discriminative"]["Accuracy"] == 100.0
+    assert read(tmp_path / "m.json")["metrics"]["discriminative"]["Accuracy"] == 100.0
 
 
 # --- generation -----------------------------------------------------------------------------------
@@ -297,7 +548,9 @@ def test_scoring_is_quick_and_needs_no_torch(tmp_path):
 
 @pytest.fixture(scope="session")
 def loaded(llava):
-    return load_model(str(llava))
+    """(model, prompts)"""
+    model, processor = load_model(str(llava))
+    return model, Prompts(processor, "vicuna")
 
 
 @pytest.fixture(scope="session")
@@ -305,26 +558,30 @@ def adapter(llava, tmp_path_factory):
     """Folder of a PEFT adapter whose random weights change what the model says."""
     import torch
     from peft import LoraConfig, get_peft_model
+
     torch.manual_seed(1)
-    config = LoraConfig(r=4, target_modules=r".*language_model.*\.(q_proj|v_proj|up_proj)",
-                        init_lora_weights=False)
+    config = LoraConfig(
+        r=4, target_modules=r".*language_model.*\.(q_proj|v_proj|up_proj)", init_lora_weights=False
+    )
     tuned = get_peft_model(load_model(str(llava))[0], config)
     folder = tmp_path_factory.mktemp("adapters") / "tuned"
     tuned.save_pretrained(folder)
     return folder
 
 
-def texts(model, processor, items, **options):
-    return list(evaluate.answer(model, processor, "vicuna", items, max_new_tokens=12, **options))
+def texts(model, prompts, items, **options):
+    return list(answer(model, prompts, items, max_new_tokens=12, **options))
 
 
 @pytest.mark.parametrize("tuned", [False, True])
 def test_batched_generation_is_one_by_one_generation(loaded, llava, adapter, amber, tuned):
-    model, processor = load_model(str(llava), adapter=str(adapter)) if tuned else loaded
-    items = evaluate.questions("amber", amber)
-    items.insert(3, ("Is there a dog?", None, {}))  # one without an image in between
-    single = texts(model, processor, items, batch_size=1)
-    assert texts(model, processor, items, batch_size=4) == single
+    model, prompts = loaded
+    if tuned:
+        model = load_adapter(load_model(str(llava))[0], adapter)
+    items = questions("amber", amber)
+    items.insert(3, Question("Is there a dog?", None, {}))  # one without an image in between
+    single = texts(model, prompts, items, batch_size=1)
+    assert texts(model, prompts, items, batch_size=4) == single
     assert len(set(single)) > 4  # the items differ, or equality would say nothing
     if tuned:
         assert single != texts(*loaded, items, batch_size=1)
@@ -333,19 +590,19 @@ def test_batched_generation_is_one_by_one_generation(loaded, llava, adapter, amb
 def test_the_bundled_model_answers_the_bundled_sets(tmp_path):
     for benchmark, limit in [("amber", 12), ("hallusionbench", 12), ("objhal", 6), ("mmstar", 9)]:
         run("run", "--benchmark", benchmark, "--limit", limit, "--out", tmp_path / benchmark)
-        result = evaluate.read(tmp_path / benchmark / "metrics.json")
-        assert result["n"] == limit and result["name"] == "tiny-model"
+        result = read(tmp_path / benchmark / "metrics.json")
+        assert result["n"] == limit and result["name"] == "built-model"
     model, processor = load_model(str(TINY / "model"))
-    items = evaluate.questions("amber", TINY / "amber")[::20]
-    assert texts(model, processor, items, batch_size=1) == texts(model, processor, items)
+    prompts, items = Prompts(processor, "vicuna"), questions("amber", TINY / "amber")[::20]
+    assert texts(model, prompts, items, batch_size=1) == texts(model, prompts, items)
 
 
 def test_sampling_is_seeded_and_answers_are_not_kept(loaded, amber):
-    items = evaluate.questions("amber", amber)
+    items = questions("amber", amber)
     drawn = texts(*loaded, items, temperature=1.0, seed=1)
     assert drawn == texts(*loaded, items, temperature=1.0, seed=1)
     assert drawn != texts(*loaded, items, temperature=1.0, seed=2)
-    endless = evaluate.answer(*loaded, "vicuna", items * 1000, max_new_tokens=1, batch_size=2)
+    endless = answer(*loaded, items * 1000, max_new_tokens=1, batch_size=2)
     assert len(list(itertools.islice(endless, 3))) == 3  # two batches ran, not four thousand
 
 
@@ -353,35 +610,68 @@ def run(*args):
     evaluate.main(list(map(str, args)))
 
 
-def test_run_goes_on_where_it_stopped_and_starts_anew_when_changed(llava, amber, tmp_path, capsys):
+def test_run_goes_on_where_it_stopped_and_refuses_other_settings(llava, amber, tmp_path, capsys):
     out, answers = tmp_path / "out", tmp_path / "out/answers.jsonl"
-    command = ["run", "--benchmark", "amber", "--model", llava, "--data", amber, "--out", out,
-               "--max-new-tokens", 6, "--batch-size"]
+    command = [
+        "run",
+        "--benchmark",
+        "amber",
+        "--model",
+        llava,
+        "--data",
+        amber,
+        "--out",
+        out,
+        "--max-new-tokens",
+        6,
+        "--batch-size",
+    ]
     run(*command, 3)
     whole = answers.read_bytes()
-    result = evaluate.read(out / "metrics.json")
+    result = read(out / "metrics.json")
     assert result["n"] == 8 and result["prompt_format"] == "vicuna"
     assert result["decoding"] == {"max_new_tokens": 6, "beams": 1, "temperature": 0.0, "seed": 0}
-    answers.write_bytes(whole[:len(whole) // 2])  # killed in the middle of a line
-    kept = whole[:len(whole) // 2].rpartition(b"\n")[0]
+    answers.write_bytes(whole[: len(whole) // 2])  # killed in the middle of a line
+    kept = whole[: len(whole) // 2].rpartition(b"\n")[0]
     run(*command, 2)
     assert answers.read_bytes() == whole and whole.startswith(kept)
-    assert "anew" not in capsys.readouterr().err
-    run(*command, 2, "--beams", 2)
-    assert "starting anew" in capsys.readouterr().err
-    assert (out / "answers.jsonl.old").read_bytes() == whole
-    assert evaluate.read(out / "metrics.json")["decoding"]["beams"] == 2
+    with pytest.raises(SystemExit) as end:
+        run(*command, 2, "--beams", 2)
+    assert end.value.code == 2 and "other settings (decoding was" in capsys.readouterr().err
+    assert answers.read_bytes() == whole  # nothing is overwritten or put aside
+    assert sorted(path.name for path in out.iterdir() if "answers" in path.name) == [
+        "answers.jsonl",
+        "answers.settings.json",
+    ]
     assert (out / "report.png").stat().st_size > 5000
 
 
 def test_several_adapters_in_one_load(llava, adapter, amber, tmp_path, capsys):
     out = tmp_path / "out"
-    run("run", "--benchmark", "amber", "--model", llava, "--data", amber, "--out", out,
-        "--adapter", adapter, adapter / ".", "--max-new-tokens", 5, "--limit", 4, "--paper", "7b")
+    run(
+        "run",
+        "--benchmark",
+        "amber",
+        "--model",
+        llava,
+        "--data",
+        amber,
+        "--out",
+        out,
+        "--adapter",
+        adapter,
+        adapter / ".",
+        "--max-new-tokens",
+        5,
+        "--limit",
+        4,
+        "--paper",
+        "7b",
+    )
     names = [f"{folder.parent.name}-{folder.name}" for folder in (llava, adapter)]
-    base, tuned = (evaluate.read(out / name / "answers.jsonl") for name in names)
+    base, tuned = (read(out / name / "answers.jsonl") for name in names)
     assert len(base) == len(tuned) == 4 and base != tuned
-    made = evaluate.read(out / names[1] / "metrics.json")
+    made = read(out / names[1] / "metrics.json")
     assert made["adapter_hash"] and made["model_hash"]
     table = (out / "report.md").read_text()
     assert all(f"| {name} |" in table for name in names)
@@ -392,89 +682,144 @@ def test_several_adapters_in_one_load(llava, adapter, amber, tmp_path, capsys):
 
 
 def test_resuming_without_a_progress_bar(loaded, amber, monkeypatch):
-    items = evaluate.questions("amber", amber)
+    items = questions("amber", amber)
     whole = texts(*loaded, items, batch_size=2, temperature=1.0)
-    monkeypatch.setattr(evaluate, "tqdm", functools.partial(evaluate.tqdm, disable=True))
+    monkeypatch.setattr(answering, "tqdm", functools.partial(answering.tqdm, disable=True))
     assert texts(*loaded, items, batch_size=2, temperature=1.0, first=5) == whole[5:]
 
 
 def test_in_memory_as_through_files(loaded, llava, amber, tmp_path):
-    found = evaluate.measure(*loaded, "vicuna", amber, max_new_tokens=6)
-    run("run", "--benchmark", "amber", "--model", llava, "--data", amber, "--out", tmp_path,
-        "--max-new-tokens", 6)
-    assert evaluate.read(tmp_path / "metrics.json")["metrics"] == found["metrics"]
+    found = measure(*loaded, amber, max_new_tokens=6)
+    run(
+        "run",
+        "--benchmark",
+        "amber",
+        "--model",
+        llava,
+        "--data",
+        amber,
+        "--out",
+        tmp_path,
+        "--max-new-tokens",
+        6,
+    )
+    assert read(tmp_path / "metrics.json")["metrics"] == found["metrics"]
 
 
 def test_every_benchmark_is_asked_as_published(tmp_path):
     buffer = io.BytesIO()
     Image.new("RGB", (20, 20), "red").save(buffer, "PNG")
     coded = base64.b64encode(buffer.getvalue()).decode()
-    (tmp_path / "obj_halbench_300_with_image.jsonl").write_text(json.dumps(
-        {"org_idx": 0, "image_id": 5, "question": "Describe.", "image": coded}))
-    prompt, image, record = evaluate.questions("objhal", tmp_path)[0]
-    assert (prompt, image, record["image_id"]) == ("Describe.", buffer.getvalue(), 5)
+    (tmp_path / "obj_halbench_300_with_image.jsonl").write_text(
+        json.dumps({"org_idx": 0, "image_id": 5, "question": "Describe.", "image": coded})
+    )
+    asked = questions("objhal", tmp_path)[0]
+    assert (asked.prompt, asked.image, asked.record["image_id"]) == (
+        "Describe.",
+        buffer.getvalue(),
+        5,
+    )
     (tmp_path / "obj_halbench_300_with_image.jsonl").write_text('{"image_id": 5, "question": "D"}')
-    with pytest.raises(Problem, match="no image belongs to the question 'D'"):
-        evaluate.questions("objhal", tmp_path)
-    save(tmp_path / "response_template.json", [
-        {"image_src": "https://example.org/a/b.png", "question": "What?", "gt_answer": "x"}])
+    with pytest.raises(UserError, match="no image belongs to the question 'D'"):
+        questions("objhal", tmp_path)
+    save(
+        tmp_path / "response_template.json",
+        [{"image_src": "https://example.org/a/b.png", "question": "What?", "gt_answer": "x"}],
+    )
     (tmp_path / "images").mkdir()
     (tmp_path / "images/b.png").write_bytes(buffer.getvalue())
-    assert evaluate.questions("mmhal", tmp_path)[0][1] == str(tmp_path / "images/b.png")
+    assert questions("mmhal", tmp_path)[0].image == str(tmp_path / "images/b.png")
     import pyarrow
     import pyarrow.parquet
-    row = {"index": 0, "question": "Q\nOptions: A: x", "image": buffer.getvalue(), "answer": "A",
-           "category": "math", "l2_category": "geometry"}
+
+    row = {
+        "index": 0,
+        "question": "Q\nOptions: A: x",
+        "image": buffer.getvalue(),
+        "answer": "A",
+        "category": "math",
+        "l2_category": "geometry",
+    }
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "mmstar.parquet")
-    (prompt, image, record), = evaluate.questions("mmstar", tmp_path)
-    assert prompt.endswith("A: x\nAnswer the question directly.") and image == buffer.getvalue()
-    assert evaluate.questions("mmstar", tmp_path, "official")[0][0].endswith("choices directly.")
-    rows = [{**hallusion(0, 0, ""), "question": "Q", "visual_input": "0", "filename": None},
-            {**hallusion(1, 0, ""), "question": "Q", "visual_input": "2", "filename": "./VD/1.png"}]
+    [asked] = questions("mmstar", tmp_path)
+    assert asked.prompt.endswith("A: x\nAnswer the question directly.")
+    assert asked.image == buffer.getvalue()
+    [asked] = questions("mmstar", tmp_path, protocol="official")
+    assert asked.prompt.endswith("choices directly.")
+    rows = [
+        {**hallusion(0, 0, ""), "question": "Q", "visual_input": "0", "filename": None},
+        {**hallusion(1, 0, ""), "question": "Q", "visual_input": "2", "filename": "./VD/1.png"},
+    ]
     save(tmp_path / "HallusionBench.json", rows)
-    with pytest.raises(Problem, match="no ./VD/1.png or hallusion_bench/"):
-        evaluate.questions("hallusionbench", tmp_path)
+    with pytest.raises(UserError, match="no ./VD/1.png or hallusion_bench/"):
+        questions("hallusionbench", tmp_path)
     (tmp_path / "hallusion_bench/VD").mkdir(parents=True)
     (tmp_path / "hallusion_bench/VD/1.png").write_bytes(buffer.getvalue())
-    asked = evaluate.questions("hallusionbench", tmp_path)
-    assert asked[0][1] is None and asked[1][1].endswith("VD/1.png")
+    asked = questions("hallusionbench", tmp_path)
+    assert asked[0].image is None and asked[1].image.endswith("VD/1.png")
 
 
 @pytest.mark.parametrize("place", ["../secret.png", "{tmp}/secret.png", "link.png"])
 def test_images_outside_the_data_folder_are_refused(amber, tmp_path, capsys, place):
     Image.new("RGB", (9, 9)).save(tmp_path / "secret.png")
     (amber / "image" / "link.png").symlink_to(tmp_path / "secret.png")
-    queries = evaluate.read(amber / "query/query_all.json")
-    save(amber / "query/query_all.json",
-         [{**row, "image": place.format(tmp=tmp_path)} for row in queries])
+    queries = read(amber / "query/query_all.json")
+    save(
+        amber / "query/query_all.json",
+        [{**row, "image": place.format(tmp=tmp_path)} for row in queries],
+    )
     with pytest.raises(SystemExit):  # before anything is loaded: there is no such model
         run("generate", "--benchmark", "amber", "--data", amber, "--model", "m", "--out", tmp_path)
     assert "outside the data folder" in capsys.readouterr().err
-    items = evaluate.questions("amber", amber, allow_outside=True)
-    assert Path(items[0][1]).samefile(tmp_path / "secret.png")
+    items = questions("amber", amber, allow_outside=True)
+    assert Path(items[0].image).samefile(tmp_path / "secret.png")
+    with pytest.raises(SystemExit):  # there is still no such model
+        run(
+            "generate",
+            "--benchmark",
+            "amber",
+            "--data",
+            amber,
+            "--model",
+            tmp_path,
+            "--out",
+            tmp_path,
+            "--allow-outside",
+        )
     assert "amber as published has 15220" in capsys.readouterr().err
 
 
 def test_broken_images_are_named_before_the_model_is_loaded(amber):
     (amber / "image" / "AMBER_2.jpg").write_bytes(b"no image")
-    with pytest.raises(Problem, match="AMBER_2.jpg: not a readable image"):
-        evaluate.questions("amber", amber)
+    with pytest.raises(UserError, match="AMBER_2.jpg: not a readable image"):
+        questions("amber", amber)
 
 
 # --- servers and judges ---------------------------------------------------------------------------
 
 
-def test_generating_through_a_server_keeps_the_order(serve, amber, tmp_path):  # noqa: F811
+def test_generating_through_a_server_keeps_the_order(serve, amber, tmp_path):
     def script(body, attempt):
         time.sleep(0.02 * (len(body["messages"][0]["content"][1]["text"]) % 5))
         assert body["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/jpeg")
         return body["messages"][0]["content"][1]["text"]
 
     url, bodies = serve(script)
-    command = ["generate", "--benchmark", "amber", "--model", "m", "--data", amber, "--server",
-               url, "--out", tmp_path / "out"]
+    command = [
+        "generate",
+        "--benchmark",
+        "amber",
+        "--model",
+        "m",
+        "--data",
+        amber,
+        "--server",
+        url,
+        "--out",
+        tmp_path / "out",
+    ]
     run(*command)
-    answers = evaluate.read(tmp_path / "out/answers.jsonl")
+    answers = read(tmp_path / "out/answers.jsonl")
     assert [row["id"] for row in answers] == list(range(1, 9))
     assert all(row["response"] == row["query"] for row in answers)
     assert bodies[0]["temperature"] == 0 and bodies[0]["max_tokens"] == 1024
@@ -482,12 +827,14 @@ def test_generating_through_a_server_keeps_the_order(serve, amber, tmp_path):  #
     assert len(bodies) == 8  # the second run asked for nothing
 
 
-def test_judging_stores_replies_first_and_resumes(serve, objhal, tmp_path, capsys):  # noqa: F811
+def test_judging_stores_replies_first_and_resumes(serve, objhal, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
-    answers = [{"image_id": 1, "question": "Describe.", "text": "There is a cat with a laptop."},
-               {"image_id": 2, "question": "Describe.", "text": "A dog."},
-               {"image_id": 2, "question": "Describe.", "text": "Two dogs are at the table."}]
+    answers = [
+        {"image_id": 1, "question": "Describe.", "text": "There is a cat with a laptop."},
+        {"image_id": 2, "question": "Describe.", "text": "A dog."},
+        {"image_id": 2, "question": "Describe.", "text": "Two dogs are at the table."},
+    ]
     (out / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
     broken = {"yes": True}
 
@@ -499,8 +846,17 @@ def test_judging_stores_replies_first_and_resumes(serve, objhal, tmp_path, capsy
         return "I see dogs" if broken["yes"] else '["dogs", "dining table"]'
 
     url, bodies = serve(script)
-    command = ["judge", "--benchmark", "objhal", "--judge-url", url, "--judge-model", "j",
-               "--out", out]
+    command = [
+        "judge",
+        "--benchmark",
+        "objhal",
+        "--judge-url",
+        url,
+        "--judge-model",
+        "j",
+        "--out",
+        out,
+    ]
     with pytest.raises(SystemExit):
         run(*command)
     assert "no usable reply" in capsys.readouterr().err
@@ -512,27 +868,68 @@ def test_judging_stores_replies_first_and_resumes(serve, objhal, tmp_path, capsy
     (out / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
     run(*command)
     assert len(bodies) == asked + 1
-    run("score", "--benchmark", "objhal", "--data", objhal, "--answers", out / "answers.jsonl",
-        "--judgements", out / "judgements.jsonl", "--out", out / "metrics.json")
-    result = evaluate.read(out / "metrics.json")
+    run(
+        "score",
+        "--benchmark",
+        "objhal",
+        "--data",
+        objhal,
+        "--answers",
+        out / "answers.jsonl",
+        "--judgements",
+        out / "judgements.jsonl",
+        "--out",
+        out / "metrics.json",
+    )
+    result = read(out / "metrics.json")
     assert result["metrics"]["mention_hallucination"] == 25.0 and result["judge"] == "j"
 
 
 def test_no_judge_where_one_is_needed(tmp_path, capsys):
-    for command in (["run", "--benchmark", "mmhal", "--data", tmp_path],
-                    ["judge", "--benchmark", "mmhal", "--out", tmp_path],
-                    ["judge", "--benchmark", "amber", "--out", tmp_path]):
+    for command in (
+        ["run", "--benchmark", "mmhal", "--data", tmp_path],
+        ["judge", "--benchmark", "mmhal", "--out", tmp_path],
+        ["judge", "--benchmark", "amber", "--out", tmp_path],
+    ):
         with pytest.raises(SystemExit) as end:
             run(*command)
         assert end.value.code == 2
         assert "needs --judge-url and --judge-model" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("benchmark", sorted(evaluate.BENCHMARKS))
+@pytest.mark.parametrize("benchmark", sorted(BENCHMARKS))
 def test_fetch_help_says_what_is_missing(benchmark, tmp_path, capsys):
-    needs = evaluate.BENCHMARKS[benchmark]["needs"]
+    needs = BENCHMARKS[benchmark].FILES
     save(tmp_path / needs[0], [])
     run("fetch-help", benchmark, "--data", tmp_path)
     said = capsys.readouterr().out
     assert "https://" in said and f"found    {needs[0]}" in said
     assert said.count("MISSING") == len(needs) - 1
+
+
+def test_numbers_without_a_meaning_are_refused_by_name(capsys):
+    for option, value in [
+        ("--limit", 0),
+        ("--batch-size", 0),
+        ("--max-new-tokens", 0),
+        ("--beams", 0),
+        ("--temperature", -1),
+        ("--temperature", "nan"),
+        ("--temperature", "inf"),
+        ("--beams", "x"),
+    ]:
+        with pytest.raises(SystemExit) as end:
+            run("run", option, value)
+        assert end.value.code == 2 and option in capsys.readouterr().err
+
+
+def test_before_and_after_switch_the_adapter(loaded, llava, adapter, amber, capsys):
+    model, prompts = loaded
+    tuned = load_adapter(load_model(str(llava))[0], adapter)
+    before_and_after(tuned, prompts, amber)
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed] == ["held-out", "before", "after"]
+    for line, policy in zip(printed[1:], (model, tuned)):
+        found = measure(policy, prompts, amber)["metrics"]
+        assert line.split()[1] == str(found["generative"]["CHAIR"])
+        assert line.split()[-1] == str(found["discriminative"]["Accuracy"])

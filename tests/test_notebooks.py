@@ -2,6 +2,7 @@
 
 Running them again is the business of .ci/run; here only what stands in the files is checked.
 """
+
 import json
 from pathlib import Path
 
@@ -36,8 +37,11 @@ def test_imports_the_modules_and_asserts_its_claims(path):
     code = ["".join(c["source"]) for c in cells(path, "code")]
     assert any(f"import {m}\n" in text + "\n" for text in code for m in ("symmpo", "data", "train"))
     assert sum(text.count("assert ") for text in code) >= 5
-    assert not any(f"def {name}(" in text for text in code for name in (
-        "dpo_m", "copo", "pair", "margin", "ancpo", "packed_logps", "build_rows")), "copied code"
+    assert not any(
+        f"def {name}(" in text
+        for text in code
+        for name in ("dpo_m", "copo", "pair", "margin", "ancpo", "packed_logps", "build_rows")
+    ), "copied code"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -3,23 +3,32 @@
 Controls, each of which must break the equality: a plain causal mask (branches see each other),
 positions that run on through the branches, and the contrast image in the image's place.
 """
+
+import dataclasses
 import math
 
 import pytest
 import torch
+from families import PACKED, PLAIN, tiny_model, tiny_rows
 from peft import LoraConfig, get_peft_model
 
-import symmpo
-from families import PACKED, PLAIN, tiny_model, tiny_rows
+from support.cli import UserError
+from symmpo import MP, NONE, WP, L, M, W
+from vlm import logprobs
+from vlm.logprobs import decoder, logp_table, packed_logps, response_lengths
 
 TOLERANCE, GRAD_TOLERANCE = 2e-5, 2e-5  # nats; nats per unit of adapter weight
 
 
 def with_adapter(family):
     model, image = tiny_model(family)
-    prefix = next(n for n, m in model.named_modules() if m is symmpo.language_model(model))
-    policy = get_peft_model(model.requires_grad_(False), LoraConfig(
-        r=4, target_modules=rf"{prefix}\..*\.(q_proj|k_proj|v_proj|o_proj|up_proj|down_proj)"))
+    prefix = next(n for n, m in model.named_modules() if m is decoder(model))
+    policy = get_peft_model(
+        model.requires_grad_(False),
+        LoraConfig(
+            r=4, target_modules=rf"{prefix}\..*\.(q_proj|k_proj|v_proj|o_proj|up_proj|down_proj)"
+        ),
+    )
     torch.manual_seed(1)
     for name, p in policy.named_parameters():
         if "lora_B" in name:  # not zero, so that the adapter matters
@@ -31,14 +40,15 @@ def separate(model, rows):
     """The oracle: one unpadded sequence per response through the model's own forward."""
     sums = []
     for row in rows:
-        for response in row["responses"]:
-            inputs, n = dict(row["inputs"]), row["inputs"]["input_ids"].shape[1]
-            for key, value in row["inputs"].items():
+        for response in row.responses:
+            inputs, n = dict(row.inputs), row.inputs["input_ids"].shape[1]
+            for key, value in row.inputs.items():
                 more = {"input_ids": response, "attention_mask": torch.ones_like(response)}.get(
-                    key, torch.zeros_like(response))
+                    key, torch.zeros_like(response)
+                )
                 if value.shape[:2] == (1, n):
                     inputs[key] = torch.cat([value, more[None].to(value.dtype)], dim=1)
-            logits = model(**inputs).logits[0, n - 1:-1].float()
+            logits = model(**inputs).logits[0, n - 1 : -1].float()
             sums.append(logits.log_softmax(-1).gather(1, response[:, None]).sum())
     return torch.stack(sums)
 
@@ -47,15 +57,16 @@ def values_and_grads(policy, sums):
     policy.zero_grad()
     weights = torch.linspace(-1, 1, len(sums))  # every response pulls with another weight
     (sums * weights).sum().backward()
-    return sums.detach(), torch.cat([p.grad.flatten() for p in policy.parameters()
-                                     if p.requires_grad])
+    return sums.detach(), torch.cat(
+        [p.grad.flatten() for p in policy.parameters() if p.requires_grad]
+    )
 
 
 def table_sums(policy, rows, **how):
-    for row in rows:
-        row.pop("features", None)
-    table = symmpo.logp_table(policy, rows, 2, **how)
-    return torch.stack([table[cell] for row in rows for cell in row["cells"]])
+    fresh = [dataclasses.replace(row, features=None) for row in rows]
+    table = logp_table(policy, fresh, 2, **how)
+    cells = [(*cell, row.record) for row in rows for cell in row.cells]
+    return torch.stack([table[cell] for cell in cells])
 
 
 @pytest.mark.parametrize("family", PACKED + PLAIN)
@@ -63,7 +74,7 @@ def test_exact(family):
     policy, rows = with_adapter(family)
     expected, expected_grad = values_and_grads(policy, separate(policy, rows))
     assert expected_grad.abs().max() > 0.1
-    ways = {"plain": dict(share_prefix=False)}
+    ways = {"plain": dict(packed=False)}
     if family in PACKED:
         ways |= {"one row at a time": {}, "all rows in one": dict(tokens_per_forward=10_000)}
     for way, how in ways.items():
@@ -78,16 +89,19 @@ def test_controls_bite(family, control, monkeypatch):
     policy, rows = with_adapter(family)
     expected = separate(policy, rows).detach()
     if control == "mask":
-        monkeypatch.setattr(symmpo, "branch_mask", lambda *_: None)
+        monkeypatch.setattr(logprobs, "branch_mask", lambda *_: None)
     if control == "positions":
-        decoder = symmpo.language_model(policy)
-        decoder.register_forward_pre_hook(lambda module, args, kwargs: (args, {
-            **kwargs, "position_ids": torch.arange(kwargs["position_ids"].shape[1])[None]}),
-            with_kwargs=True)
+        decoder(policy).register_forward_pre_hook(
+            lambda module, args, kwargs: (
+                args,
+                {**kwargs, "position_ids": torch.arange(kwargs["position_ids"].shape[1])[None]},
+            ),
+            with_kwargs=True,
+        )
     if control == "image":
         for row in rows:
-            pixels = row["inputs"]["pixel_values"]
-            row["inputs"] = {**row["inputs"], "pixel_values": torch.randn_like(pixels)}
+            pixels = row.inputs["pixel_values"]
+            row.inputs = {**row.inputs, "pixel_values": torch.randn_like(pixels)}
     with torch.no_grad():
         found = table_sums(policy, rows)
     assert (found - expected).abs().max() > 1000 * TOLERANCE
@@ -104,33 +118,63 @@ def test_unpackable_families_really_differ(family):
 def test_cells_not_asked_for_are_not_computed():
     policy, rows = with_adapter("llava")
     with torch.no_grad():
-        whole = symmpo.logp_table(policy, rows, 2)
-        part = [{**rows[0], "responses": rows[0]["responses"][:1], "cells": rows[0]["cells"][:1]}]
-        few = symmpo.logp_table(policy, part, 2)
-    assert (~few.isnan()).sum() == 1 and few[0, 0, 0].item() == pytest.approx(
-        whole[0, 0, 0].item(), abs=TOLERANCE)
+        whole = logp_table(policy, rows, 2)
+        few_cells = {"responses": rows[0].responses[:1], "cells": rows[0].cells[:1]}
+        part = [dataclasses.replace(rows[0], **few_cells)]
+        few = logp_table(policy, part, 2)
+    assert whole.shape == (3, 3, 2) and (~few.isnan()).sum() == 1
+    assert few[M, W, 0].item() == pytest.approx(whole[M, W, 0].item(), abs=TOLERANCE)
     seen = []
     policy.get_base_model().lm_head.register_forward_hook(
-        lambda module, args, out: seen.append(args[0].shape[0]))
-    symmpo.logp_table(policy, part, 2)
-    assert seen == [len(rows[0]["responses"][0])]  # logits only where a response is predicted
+        lambda module, args, out: seen.append(args[0].shape[0])
+    )
+    logp_table(policy, part, 2)
+    assert seen == [len(rows[0].responses[0])]  # logits only where a response is predicted
 
 
 def test_sums_not_means_and_fp32():
     policy, rows = with_adapter("llava")
     with torch.no_grad():
-        tokens = symmpo.packed_logps(policy, rows[:1])
-        table = symmpo.logp_table(policy, rows[:1], 1)
-        assert table[0, 0, 0].item() == pytest.approx(tokens[0].sum().item())
-        assert table[0, 0, 0].item() < 2 * tokens[0].mean().item()
-        half = symmpo.logp_table(policy.to(torch.bfloat16), rows[:1], 1)
+        tokens = packed_logps(policy, rows[:1])
+        table = logp_table(policy, rows[:1], 1)
+        assert table[M, W, 0].item() == pytest.approx(tokens[0].sum().item())
+        assert table[M, W, 0].item() < 2 * tokens[0].mean().item()
+        half = logp_table(policy.to(torch.bfloat16), rows[:1], 1)
     assert half.dtype == torch.float32
 
 
 def test_image_tokens_must_match_the_features():
     policy, rows = with_adapter("llava")
-    ids = rows[0]["inputs"]["input_ids"]
-    rows[0]["inputs"]["input_ids"] = ids[:, 3:]
-    with pytest.raises(ValueError, match="image tokens"):
-        symmpo.logp_table(policy, rows[:1], 1)
-    assert math.isfinite(symmpo.logp_table(policy, rows[1:2], 1)[0, 1, 2].item())
+    rows[0].inputs["input_ids"] = rows[0].inputs["input_ids"][:, 3:]
+    with pytest.raises(UserError, match="image tokens"):
+        logp_table(policy, rows[:1], 1)
+    assert math.isfinite(logp_table(policy, rows[1:2], 1)[MP, WP, 0].item())
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma3"])
+def test_a_prompt_without_an_image_has_a_cell_of_its_own(family):
+    """The third image of the table is none: a row of text alone, packed or plain."""
+    policy, rows = with_adapter(family)
+    image_token = policy.get_base_model().config.image_token_id
+    ids = rows[0].inputs["input_ids"]
+    text = ids[ids != image_token][None]
+    inputs = {name: torch.ones_like(text) for name in rows[0].inputs if name == "attention_mask"}
+    if "token_type_ids" in rows[0].inputs:
+        inputs["token_type_ids"] = torch.zeros_like(text)
+    cells = [(NONE, response) for _, response in rows[0].cells]
+    row = dataclasses.replace(rows[0], inputs={"input_ids": text, **inputs}, cells=cells)
+    packed = family == "llava"
+    with torch.no_grad():
+        expected = separate(policy, [row])
+        table = logp_table(policy, [row], 1, packed=packed)
+        with_image = logp_table(policy, rows[:1], 1, packed=packed)
+    assert table[:NONE].isnan().all()
+    assert (table[NONE, :, 0] - expected).abs().max() < TOLERANCE
+    assert (table[NONE] - with_image[M]).abs().max() > 0.01
+
+
+def test_lengths_are_those_of_the_responses():
+    policy, rows = with_adapter("llava")
+    under_m = rows[::2]  # of both records
+    assert response_lengths(under_m, 2).tolist() == [[5, 6], [9, 10], [3, 4]]
+    assert response_lengths(rows[1:2], 2)[L].isnan().all()

@@ -1,11 +1,12 @@
 """Losses against hand arithmetic and closed-form gradients; partition functions by enumeration."""
+
 import math
 
 import pytest
 import torch
 
 import symmpo
-from symmpo import M, M_, YL, YW, YW_, OBJECTIVES, loss_at_start, loss_terms
+from symmpo import MP, OBJECTIVES, WP, L, M, Table, W, loss_at_start, loss_terms, weights_of
 
 LN2 = math.log(2)
 
@@ -14,13 +15,20 @@ def softplus(x):
     return math.log1p(math.exp(x))
 
 
-def table(**cells):
-    """A (1, 2, 3) table with the named cells and NaN elsewhere."""
-    names = {"mw": (0, 0), "ml": (0, 1), "mw_": (0, 2), "cw": (1, 0), "cw_": (1, 2)}
-    out = torch.full((1, 2, 3), math.nan)
-    for name, value in cells.items():
-        out[(0, *names[name])] = value
+def cells(**values):
+    """A (3, 3, 1) tensor with the named cells and NaN elsewhere."""
+    names = {"mw": (M, W), "ml": (M, L), "mwp": (M, WP), "mpw": (MP, W), "mpwp": (MP, WP)}
+    out = torch.full((3, 3, 1), math.nan)
+    for name, value in values.items():
+        out[names[name]] = value
     return out
+
+
+def total(name, weights, rho=None, logp=None):
+    """The loss of one record."""
+    unknown = torch.full((3, 3, 1), math.nan)
+    table = Table(unknown if rho is None else rho, unknown if logp is None else logp, None)
+    return sum(loss_terms(name, table, weights).values()).item()
 
 
 def test_terms_by_hand():
@@ -37,60 +45,111 @@ def test_terms_by_hand():
 
 
 def test_sums_by_hand():
-    rho = table(mw=2.0, ml=-1.0, mw_=1.0, cw=-2.0, cw_=4.0)
-    zero = torch.zeros(1, 2, 3)
-    w = OBJECTIVES["symmpo"][1]
-    total = sum(loss_terms("symmpo", rho, zero, w).values()).item()
-    expected = (softplus(-0.3) + 0.5 * (softplus(-0.1) + softplus(-0.6)) + 1e-4 * 25
-                + softplus(-0.2) + softplus(-0.4))
-    assert total == pytest.approx(expected)
-    total = sum(loss_terms("mdpo", rho, zero, OBJECTIVES["mdpo"][1]).values()).item()
-    assert total == pytest.approx(softplus(-0.3) + softplus(-0.4) + softplus(-0.2))
-    anchors = {**OBJECTIVES["mdpo"][1], "lam": 0.0, "anchors": ("yw", "yl", "ml")}
-    total = sum(loss_terms("mdpo", rho, zero, anchors).values()).item()
-    assert total == pytest.approx(softplus(-0.3) + softplus(-0.2) + softplus(-0.1) + softplus(-0.2))
-    logp = table(mw=-7.0)
-    assert loss_terms("sft", logp, zero, OBJECTIVES["sft"][1])["sft"].item() == 7.0
+    rho = cells(mw=2.0, ml=-1.0, mwp=1.0, mpw=-2.0, mpwp=4.0)
+    expected = softplus(-0.3) + 0.5 * (softplus(-0.1) + softplus(-0.6)) + 1e-4 * 25
+    expected += softplus(-0.2) + softplus(-0.4)
+    assert total("symmpo", weights_of("symmpo", {}), rho) == pytest.approx(expected)
+    expected = softplus(-0.3) + softplus(-0.4) + softplus(-0.2)
+    assert total("mdpo", weights_of("mdpo", {}), rho) == pytest.approx(expected)
+    anchored = weights_of("mdpo", {"lam": 0.0, "anchors": "yw,yl,ml"})
+    expected = softplus(-0.3) + softplus(-0.2) + softplus(-0.1) + softplus(-0.2)
+    assert total("mdpo", anchored, rho) == pytest.approx(expected)
+    no_image = torch.full((3, 3, 1), math.nan)
+    no_image[symmpo.NONE, W], no_image[symmpo.NONE, L] = 2.0, -1.0
+    found = total("dpo-no-image", weights_of("dpo-no-image", {}), no_image)
+    assert found == pytest.approx(softplus(-0.3))
+    assert total("sft", weights_of("sft", {}), logp=cells(mw=-7.0)) == 7.0
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_objectives_read_exactly_their_cells(name):
     """NaN in every other cell must not matter; NaN in any declared cell must."""
-    cells, w = OBJECTIVES[name][:2]
-    w = {**w, "eta": w["eta"] or 1.0} if name != "copo" else w
-    full = torch.randn(2, 2, 3)
-    for missing in [None, *cells]:
-        rho = torch.full((2, 2, 3), math.nan)
-        for cell in cells:
+    objective = OBJECTIVES[name]
+    more = {"eta": 1.0} if "eta" in objective.weights else {}
+    weights = weights_of(name, more)
+    full = torch.randn(3, 3, 2)
+    for missing in [None, *objective.cells]:
+        known = torch.full((3, 3, 2), math.nan)
+        for cell in objective.cells:
             if cell != missing:
-                rho[:, cell[0], cell[1]] = full[:, cell[0], cell[1]]
-        total = sum(loss_terms(name, rho, torch.zeros_like(rho), w).values())
-        assert total.isnan().any().item() == (missing is not None)
+                known[cell] = full[cell]
+        rho = known if objective.reference else torch.full_like(known, math.nan)
+        table = Table(rho, known, torch.ones(3, 2))
+        loss = sum(loss_terms(name, table, weights).values())
+        assert loss.isnan().any().item() == (missing is not None)
 
 
-@pytest.mark.parametrize("name", [n for n in OBJECTIVES if n != "sft"])
-def test_closed_form_at_start(name):
-    zero = torch.zeros(3, 2, 3)
-    for change in ({}, {"delta": 0.3, "eta": 0.7, "lam": 0.25},
-                   {"anchors": ("yw", "yl"), "eta": 2}):
-        w = {**OBJECTIVES[name][1], **change}
-        pairs = {"dpo": 1, "copo": 1, "mdpo": 1 + w["lam"], "symmpo": 1 + 2 * w["lam"]}[name]
-        anchors = sum(softplus(symmpo.ANCHORS[a][2] * w["delta"]) for a in w["anchors"])
-        assert loss_at_start(name, w) == pytest.approx(pairs * LN2 + w["eta"] * anchors, abs=1e-6)
-        total = sum(loss_terms(name, zero, zero, w).values())
-        assert total.tolist() == pytest.approx([loss_at_start(name, w)] * 3, abs=1e-6)
-    assert loss_at_start("symmpo", OBJECTIVES["symmpo"][1]) == pytest.approx(4 * LN2)
-    assert loss_at_start("mdpo", OBJECTIVES["mdpo"][1]) == pytest.approx(3 * LN2)
-    assert math.isnan(loss_at_start("sft", OBJECTIVES["sft"][1]))
+@pytest.mark.parametrize(
+    "name, pairs",
+    [
+        ("dpo", lambda w: 1),
+        ("dpo-no-image", lambda w: 1),
+        ("copo", lambda w: 1),
+        ("mdpo", lambda w: 1 + w.lam),
+        ("symmpo", lambda w: 1 + 2 * w.lam),
+    ],
+)
+def test_closed_form_at_start(name, pairs):
+    changes = [{}]
+    if "eta" in OBJECTIVES[name].weights:
+        changes += [{"delta": 0.3, "eta": 0.7}, {"anchors": "yw", "eta": 2.0}]
+    for change in changes:
+        weights = weights_of(name, change)
+        expected = pairs(weights) * LN2
+        for anchor in (weights.anchors or "").split(","):
+            if anchor:
+                direction = symmpo.ANCHORS[anchor][1]
+                expected += weights.eta * softplus(direction * weights.delta)
+        assert loss_at_start(name, weights) == pytest.approx(expected, abs=1e-6)
+        assert total(name, weights, torch.zeros(3, 3, 1)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_closed_forms_of_the_papers():
+    assert loss_at_start("symmpo", weights_of("symmpo", {})) == pytest.approx(4 * LN2)
+    assert loss_at_start("mdpo", weights_of("mdpo", {})) == pytest.approx(3 * LN2)
+    assert loss_at_start("sft", weights_of("sft", {})) is None
+
+
+@pytest.mark.parametrize(
+    "name, given, reason",
+    [
+        ("dpo", {"lam": 3.0}, "lam: the objective dpo does not read it; it reads beta, eta"),
+        ("sft", {"beta": 0.2}, "beta: the objective sft does not read it; it reads no weight"),
+        (
+            "symmpo",
+            {"gamma": 1.0, "eta": 0.0, "delta": 1.0},
+            "delta: it has no effect while eta is 0",
+        ),
+        ("dpo", {"anchors": "yw"}, "anchors: it has no effect while eta is 0"),
+        (
+            "dpo",
+            {"eta": 1.0, "anchors": "yw,yl,ml"},
+            "anchors: dpo has no cell 'ml' to anchor; it has yw, yl",
+        ),
+        ("mdpo", {"anchors": "foo"}, "no cell 'foo'"),
+    ],
+)
+def test_weights_that_would_change_nothing_are_refused(name, given, reason):
+    with pytest.raises(ValueError, match=reason):
+        weights_of(name, given)
+
+
+def test_help_comes_from_the_registry(monkeypatch):
+    assert symmpo.weight_defaults()["gamma"] == "symmpo 0.0001"
+    new = OBJECTIVES["dpo"]._replace(weights={"gamma": 7.0})
+    monkeypatch.setitem(OBJECTIVES, "new", new)
+    assert symmpo.weight_defaults()["gamma"] == "symmpo 0.0001, new 7.0"
 
 
 def test_gradients_eq_14_and_15():
     rho = torch.tensor([1.5, -0.4], dtype=torch.float64, requires_grad=True)
     beta, c = 0.1, torch.tensor(0.8, dtype=torch.float64)
     u = (beta * (rho[0] - rho[1])).detach()
-    for offset, loss in [(c, symmpo.vco(rho[0], rho[1], beta, c)),
-                         (0 * c, symmpo.copo(rho[0], rho[1], beta))]:
-        grad, = torch.autograd.grad(loss, rho)
+    for offset, loss in [
+        (c, symmpo.vco(rho[0], rho[1], beta, c)),
+        (0 * c, symmpo.copo(rho[0], rho[1], beta)),
+    ]:
+        (grad,) = torch.autograd.grad(loss, rho)
         weight = torch.sigmoid(-(u + offset))  # Eq. 14 with c, Eq. 15 without
         assert torch.allclose(grad, -weight * beta * torch.tensor([1.0, -1.0]).double(), atol=1e-12)
 
@@ -105,11 +164,11 @@ def test_partition_cancels_where_the_text_says():
     policy = ref + reward / beta - log_z[:, None]  # log pi*, normalised
     assert torch.allclose(policy.exp().sum(-1), torch.ones(2).double())
     rho = policy - ref
-    assert torch.allclose(beta * (rho[M, YW] - rho[M, YL]), reward[M, YW] - reward[M, YL])
-    assert torch.allclose(beta * (rho[M_, YW_] - rho[M_, YW]), reward[M_, YW_] - reward[M_, YW])
+    assert torch.allclose(beta * (rho[M, W] - rho[M, L]), reward[M, W] - reward[M, L])
+    assert torch.allclose(beta * (rho[MP, WP] - rho[MP, W]), reward[MP, WP] - reward[MP, W])
     c = symmpo.partition_offset(log_z[0], log_z[1], beta)
     assert abs(c) > 0.01
-    assert torch.allclose(beta * (rho[M, YW] - rho[M_, YW]) + c, reward[M, YW] - reward[M_, YW])
+    assert torch.allclose(beta * (rho[M, W] - rho[MP, W]) + c, reward[M, W] - reward[MP, W])
 
 
 def test_monte_carlo_partition():
@@ -124,9 +183,20 @@ def test_monte_carlo_partition():
 
 
 def test_metrics_leave_out_what_was_not_computed():
-    policy = table(mw=-3.0, ml=-6.0)
-    found = symmpo.metrics(policy, table(mw=-4.0, ml=-5.0), beta=0.1)
+    policy, weights = cells(mw=-3.0, ml=-6.0), weights_of("dpo", {})
+    table = Table(policy - cells(mw=-4.0, ml=-5.0), policy, None)
+    found = symmpo.metrics(table, weights)
     assert found["rewards/chosen"].item() == pytest.approx(0.1)
     assert found["rewards/accuracies"].item() == 1.0
     assert found["rewards/margins"].item() == pytest.approx(0.2)
     assert not any(name.startswith("pair") for name in found)
+    without_reference = Table(torch.full_like(policy, math.nan), policy, None)
+    assert set(symmpo.metrics(without_reference, weights)) == {"logps/chosen", "logps/rejected"}
+
+
+def test_metrics_of_a_prompt_without_an_image():
+    rho = torch.full((3, 3, 1), math.nan)
+    rho[symmpo.NONE, W], rho[symmpo.NONE, L] = 3.0, 1.0
+    found = symmpo.metrics(Table(rho, rho, None), weights_of("dpo-no-image", {}))
+    assert found["rewards/margins"].item() == pytest.approx(0.2)
+    assert found["rewards/accuracies"].item() == 1.0

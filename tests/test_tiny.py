@@ -1,4 +1,5 @@
 """The embedded default: the truth read back from the pictures, a model that hallucinates."""
+
 import base64
 import json
 import subprocess
@@ -10,14 +11,34 @@ import data
 import evaluate
 from conftest import ROOT
 from tiny import make
-from tiny.world import (CELL, COLORS, INK, NOUNS, NUMBERS, ask, caption, content, draw, invented,
-                        names, objects, place, truth, yes_no)
+from tiny.world import (
+    CELL,
+    COLORS,
+    INK,
+    NOUNS,
+    NUMBERS,
+    ask,
+    caption,
+    content,
+    draw,
+    invented,
+    names,
+    objects,
+    place,
+    truth,
+    yes_no,
+)
 
 TINY = ROOT / "tiny"
 MANIFEST = json.loads((TINY / "manifest.json").read_text())
-QUESTIONS = {ask(q): q for q in [
-    *(("exists", n) for n in NOUNS), *(("state", n, c) for n in NOUNS for c in COLORS),
-    *(("number", n) for n in range(1, len(NUMBERS)))]}
+QUESTIONS = {
+    ask(q): q
+    for q in [
+        *(("exists", n) for n in NOUNS),
+        *(("state", n, c) for n in NOUNS for c in COLORS),
+        *(("number", n) for n in range(1, len(NUMBERS))),
+    ]
+}
 
 
 def tiles(image):
@@ -41,7 +62,7 @@ def see():
 
     def angle(ink, color):
         norm = sum(v * v for v in ink) * sum(v * v for v in INK[color])
-        return sum(a * b for a, b in zip(ink, INK[color])) / norm ** 0.5
+        return sum(a * b for a, b in zip(ink, INK[color])) / norm**0.5
 
     def read(source, root=TINY):
         cells = {}
@@ -50,6 +71,7 @@ def see():
             if ink:
                 cells[cell] = outlines[outline], max(COLORS, key=lambda c: angle(ink[0], c))
         return place(0, cells)
+
     return read
 
 
@@ -106,8 +128,11 @@ def test_the_other_sets_are_true(see):
         scene = see(base64.b64decode(row["image"]))
         question, options = row["question"].split("\nOptions: ")
         options = dict(option.split(": ") for option in options.split(", "))
-        right = {"objects": names(scene), "numbers": [NUMBERS[len(objects(scene))]],
-                 "colors": [c for n, c in objects(scene) if f"the {n}?" in question]}
+        right = {
+            "objects": names(scene),
+            "numbers": [NUMBERS[len(objects(scene))]],
+            "colors": [c for n, c in objects(scene) if f"the {n}?" in question],
+        }
         assert [k for k, v in options.items() if v in right[row["category"]]] == [row["answer"]]
     rows = lines("objhal/obj_halbench_300_with_image.jsonl")
     texts = [caption(objects(see(base64.b64decode(row["image"])))) for row in rows]
@@ -125,12 +150,18 @@ def test_no_split_shares_a_scene(see):
     def seen(files, root):
         return {content(see(str(f), root)) for f in files}
 
-    groups = [seen({r[k] for r in lines(name) for k in ("image", "contrast_image")}, TINY)
-              for name in ("prefs.jsonl", "val.jsonl")]
-    groups += [seen((TINY / f).glob("*.png"), ".") for f in (
-        "amber/image", "amber_val/image", "hallusionbench/VD/figure")]
-    groups += [{content(see(base64.b64decode(row["image"]))) for row in lines(name)} for name in (
-        "mmstar/mmstar.jsonl", "objhal/obj_halbench_300_with_image.jsonl")]
+    groups = [
+        seen({r[k] for r in lines(name) for k in ("image", "contrast_image")}, TINY)
+        for name in ("prefs.jsonl", "val.jsonl")
+    ]
+    groups += [
+        seen((TINY / f).glob("*.png"), ".")
+        for f in ("amber/image", "amber_val/image", "hallusionbench/VD/figure")
+    ]
+    groups += [
+        {content(see(base64.b64decode(row["image"]))) for row in lines(name)}
+        for name in ("mmstar/mmstar.jsonl", "objhal/obj_halbench_300_with_image.jsonl")
+    ]
     assert sum(map(len, groups)) == len(set().union(*groups))
 
 
@@ -141,8 +172,9 @@ def model():
 
 def test_the_model_sees_well_and_hallucinates(model):
     assert data.prompt_format(model[0]) == "vicuna"
-    metrics = evaluate.measure(*model, "vicuna", TINY / "amber_val", batch_size=100,
-                               max_new_tokens=64)["metrics"]
+    metrics = evaluate.measure(
+        *model, "vicuna", TINY / "amber_val", batch_size=100, max_new_tokens=64
+    )["metrics"]
     captions, answers = metrics["generative"], metrics["discriminative"]
     assert 20 < captions["Hal"] < 40 and 30 < captions["Cog"] < 60  # false objects: partners
     assert captions["Cover"] > 85 and 80 < answers["Accuracy"] < 92
@@ -153,10 +185,13 @@ def test_lessons_have_the_layout_of_data_py(model):
     """The rows the model was trained on are prompts and responses as data.py encodes them, and a
     row of several branches has the loss of the branches one by one."""
     import torch
+
     model, processor = model
     scene = place(7, {0: ("cup", "red"), 5: ("fork", "blue")})
-    qa = [("Describe this image.", caption(objects(scene))),
-          ("Is there a cup in this image?", "Yes")]
+    qa = [
+        ("Describe this image.", caption(objects(scene))),
+        ("Is there a cup in this image?", "Yes"),
+    ]
     for prompt, answer in qa:
         ids, branch, position, label = make.encode(processor, [(prompt, answer)])
         inputs = data.encode_prompts(processor, "vicuna", [prompt], [draw(scene)])
@@ -165,8 +200,10 @@ def test_lessons_have_the_layout_of_data_py(model):
         assert [i for i in label if i != -100] == response and position == [*range(len(ids))]
     with torch.no_grad():
         features = make.patches(model, processor, [scene])
-        one, two, both = (make.lesson_loss(model, features, [make.encode(processor, part)])
-                          for part in (qa[:1], qa[1:], qa))
+        one, two, both = (
+            make.lesson_loss(model, features, [make.encode(processor, part)])
+            for part in (qa[:1], qa[1:], qa)
+        )
     sizes = [len(data.encode_response(processor, "vicuna", answer)) for _, answer in qa]
     assert torch.allclose(both, (sizes[0] * one + sizes[1] * two) / sum(sizes), atol=1e-5)
 
@@ -181,8 +218,11 @@ def test_the_chat_template_is_the_vicuna_prompt(model):
 
 def test_make_builds_the_same_twice(tmp_path, capsys):
     """In two processes at a time."""
-    other = subprocess.Popen([sys.executable, TINY / "make.py", "--out", tmp_path / "b", "--quick"],
-                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    other = subprocess.Popen(
+        [sys.executable, TINY / "make.py", "--out", tmp_path / "b", "--quick"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     make.main(["--out", str(tmp_path / "a"), "--quick"])
     assert other.wait() == 0
     first, second = (json.loads((tmp_path / n / "manifest.json").read_text()) for n in "ab")

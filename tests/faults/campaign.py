@@ -6,6 +6,7 @@ Writes a table (OUT.md) and the same as JSON with every failure (OUT.json). Each
 outcome: survived, or lost, when a result differs from that of an undisturbed run, a command hangs,
 or ends in a traceback. About ten minutes on two cores.
 """
+
 import argparse
 import collections
 import contextlib
@@ -22,15 +23,16 @@ import time
 import warnings
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]),
-                str(Path(__file__).parents[2])]
+sys.path[:0] = [str(Path(__file__).parents[n]) for n in range(3)]  # it is run as a file
 import harness  # noqa: E402
 import mutate  # noqa: E402
 from conftest import save_llava15, write_prefs  # noqa: E402
-from test_respond import cut_short, hang_up  # noqa: E402
+from test_chat import cut_short, hang_up  # noqa: E402
 
-FEW = ("--lora-r 2 --lora-alpha 4 --lr 1e-2 --steps 4 --batch-size 2 --save-every 1 "
-       "--sample-every 9 --seed 1").split()
+FEW = (
+    "--lora-r 2 --lora-alpha 4 --lr 1e-2 --steps 4 --batch-size 2 --save-every 1 "
+    "--sample-every 9 --seed 1"
+).split()
 
 
 # --- what is done to ----------------------------------------------------------------------------
@@ -47,47 +49,132 @@ def world(folder):
     (amber / "query").mkdir(parents=True)
     shutil.copytree(folder / "data", amber / "image")
     names = sorted(p.name for p in (amber / "image").glob("*.png"))
-    (amber / "query" / "query_all.json").write_text(json.dumps(
-        [{"id": i, "image": names[i % len(names)], "query": f"Is there a {'big ' * (i % 5)}dog?"}
-         for i in range(1, 25)]))
+    (amber / "query" / "query_all.json").write_text(
+        json.dumps(
+            [
+                {
+                    "id": i,
+                    "image": names[i % len(names)],
+                    "query": f"Is there a {'big ' * (i % 5)}dog?",
+                }
+                for i in range(1, 25)
+            ]
+        )
+    )
     (amber / "annotations.json").write_text(json.dumps([{"type": "generative"}] * 24))
     return argparse.Namespace(folder=folder, llava=llava, prefs=prefs, few=few, amber=amber)
 
 
 def train_job(w, name):
     out = w.folder / name
-    return "train", ["--model", w.llava, "--data", w.prefs, "--eval-data", w.few, "--out", out,
-                     "--cache", f"{out}-cache", *FEW, "--resume"], harness.training, out
+    return (
+        "train",
+        [
+            "--model",
+            w.llava,
+            "--data",
+            w.prefs,
+            "--eval-data",
+            w.few,
+            "--out",
+            out,
+            "--cache",
+            f"{out}-cache",
+            *FEW,
+            "--resume",
+        ],
+        harness.training,
+        out,
+    )
 
 
 def generate_job(w, name):
     out = w.folder / name
-    return "evaluate", ["generate", "--benchmark", "amber", "--data", w.amber, "--model", w.llava,
-                        "--out", out, "--batch-size", 4, "--max-new-tokens", 24, "--dimension",
-                        "g"], answers, out
+    return (
+        "evaluate",
+        [
+            "generate",
+            "--benchmark",
+            "amber",
+            "--data",
+            w.amber,
+            "--model",
+            w.llava,
+            "--out",
+            out,
+            "--batch-size",
+            4,
+            "--max-new-tokens",
+            24,
+            "--dimension",
+            "g",
+        ],
+        answers,
+        out,
+    )
 
 
 def judge_job(w, name):
     out = w.folder / name
     out.mkdir(exist_ok=True)
-    rows = [{"question": f"q{i}", "gt_answer": "yes", "model_prediction": "no", "category": "VD",
-             "subcategory": "map", "set_id": "0", "figure_id": "0", "question_id": str(i),
-             "gt_answer_details": "x", "sample_note": ""} for i in range(60)]
+    rows = [
+        {
+            "question": f"q{i}",
+            "gt_answer": "yes",
+            "model_prediction": "no",
+            "category": "VD",
+            "subcategory": "map",
+            "set_id": "0",
+            "figure_id": "0",
+            "question_id": str(i),
+            "gt_answer_details": "x",
+            "sample_note": "",
+        }
+        for i in range(60)
+    ]
     (out / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return "evaluate", ["judge", "--benchmark", "hallusionbench", "--out", out, "--judge-url",
-                        w.url, "--judge-model", "m"], judgements, out
+    return (
+        "evaluate",
+        [
+            "judge",
+            "--benchmark",
+            "hallusionbench",
+            "--out",
+            out,
+            "--judge-url",
+            w.url,
+            "--judge-model",
+            "m",
+        ],
+        judgements,
+        out,
+    )
 
 
 def build_job(w, name):
     out = w.folder / name / "prefs.jsonl"
     out.parent.mkdir(exist_ok=True)
     pairs = w.folder / "data" / "pairs.jsonl"
-    pairs.write_text("".join(json.dumps({"image": f"m{i}.png", "contrast_image": f"c{i}.png",
-                                         "prompt": "What is it?"}) + "\n" for i in range(4)))
-    models = [x for role in ("captioner", "policy", "writer")
-              for x in (f"--{role}", role, f"--{role}-url", w.url)]
-    return "respond", ["build", pairs, "--out", out, "--samples", 2, "--concurrency", 2,
-                       *models], records, out
+    pairs.write_text(
+        "".join(
+            json.dumps(
+                {"image": f"m{i}.png", "contrast_image": f"c{i}.png", "prompt": "What is it?"}
+            )
+            + "\n"
+            for i in range(4)
+        )
+    )
+    models = [
+        x
+        for role in ("captioner", "policy", "writer")
+        for x in (f"--{role}", role, f"--{role}-url", w.url)
+    ]
+    return (
+        "construct.responses",
+        [pairs, "--out", out, "--samples", 2, "--concurrency", 2, *models],
+        records,
+        out,
+    )
 
 
 def answers(out):
@@ -152,7 +239,8 @@ def stopped(w):
     harness.run(module, argv, w.folder / "stop.log")
     whole = state(out)
     for n, (number, group, workers) in enumerate(
-            (s, g, k) for s in (signal.SIGINT, signal.SIGTERM) for g in (0, 1) for k in (0, 2)):
+        (s, g, k) for s in (signal.SIGINT, signal.SIGTERM) for g in (0, 1) for k in (0, 2)
+    ):
         module, argv, state, out = train_job(w, f"stop{n}")
         argv, log = [*argv, "--workers", workers], w.folder / f"stop{n}.log"
         process = harness.child(module, argv, log)
@@ -170,8 +258,12 @@ def stopped(w):
 
 def full(w):
     """Each command meets a disk with a little room left, then gets space and goes on."""
-    for job, rooms in ((train_job, range(0, 140_000, 20_000)), (generate_job, (0, 4096, 8192)),
-                       (judge_job, (0, 8192)), (build_job, (0, 8192, 16384))):
+    for job, rooms in (
+        (train_job, range(0, 140_000, 20_000)),
+        (generate_job, (0, 4096, 8192)),
+        (judge_job, (0, 8192)),
+        (build_job, (0, 8192, 16384)),
+    ):
         module, argv, state, out = job(w, f"room-whole-{job.__name__}")
         log = w.folder / "room.log"
         harness.run(module, argv, log)
@@ -188,13 +280,18 @@ def full(w):
                 text = log.read_text(errors="replace")
                 ballast.unlink()
                 again = harness.run(module, argv, log)
-                good = ("Traceback" not in text and (code == 2 and "error: " in text or code == 0)
-                        and again == 0 and state(out) == whole)
+                good = (
+                    "Traceback" not in text
+                    and (code == 2 and "error: " in text or code == 0)
+                    and again == 0
+                    and state(out) == whole
+                )
                 yield "" if good else f"{job.__name__} with {room} bytes: {text[-300:]}"
 
 
 def read_only(w):
     import subprocess
+
     for job in (train_job, generate_job, judge_job, build_job):
         with harness.small_disk(w.folder / "disk") as disk:
             inner = argparse.Namespace(**{**vars(w), "folder": disk})
@@ -215,6 +312,7 @@ def read_only(w):
 def in_time(seconds=20):
     def late(*_):
         raise TimeoutError("a hang")
+
     signal.signal(signal.SIGALRM, late)
     signal.alarm(seconds)
     try:
@@ -225,8 +323,10 @@ def in_time(seconds=20):
 
 def broken_lines(w, n=6000):
     import data
+    from support.cli import UserError
+
     path, rng = w.folder / "data" / "mutated.jsonl", random.Random(1)
-    for start in range(0, n, 500):
+    for _ in range(0, n, 500):
         lines = [mutate.line(rng) for _ in range(500)]
         path.write_bytes(b"\n".join(line if line.strip() else b"?" for line in lines) + b"\n")
         found = data.Records(path)
@@ -235,15 +335,18 @@ def broken_lines(w, n=6000):
                 with in_time():
                     found[i]
                 yield ""
-            except data.Problem as e:
+            except UserError as e:
                 yield "" if str(e).startswith(f"{path}:{i + 1}: ") else f"not named: {e}"
             except Exception as e:
                 yield f"{type(e).__name__}: {lines[i][:200]!r}"
 
 
 def broken_images(w, n=600):
-    import data
     from PIL import Image
+
+    from support.cli import UserError
+    from support.images import open_image
+
     warnings.simplefilter("ignore")
     rng, whole = random.Random(2), mutate.pictures()
     Image.new("1", (30_000, 30_000)).save(w.folder / "bomb.png")
@@ -255,9 +358,9 @@ def broken_images(w, n=600):
             (w.folder / name).write_bytes(content)
         try:
             with in_time():
-                good = data.open_image(name, w.folder).mode == "RGB"
+                good = open_image(name, w.folder).mode == "RGB"
             yield "" if good else f"{name}: not RGB"
-        except data.Problem as e:
+        except UserError as e:
             yield "" if name in str(e) else f"{name} not named: {e}"
         except BaseException as e:
             yield f"{name}: {type(e).__name__} {e}"
@@ -265,6 +368,9 @@ def broken_images(w, n=600):
 
 def broken_parquet(w, n=400):
     import data
+    from support.cli import UserError
+    from support.images import open_image
+
     rng, path = random.Random(3), w.folder / "bad.parquet"
     whole = mutate.parquet(w.folder / "whole.parquet").read_bytes()
     for _ in range(n):
@@ -273,9 +379,9 @@ def broken_parquet(w, n=400):
             with in_time():
                 found = data.Records(path)
                 for i in range(min(5, len(found))):
-                    data.open_image(found[i]["image"])
+                    open_image(found[i]["image"])
             yield ""
-        except data.Problem:
+        except UserError:
             yield ""
         except Exception as e:
             yield f"{type(e).__name__}: {e}"
@@ -309,8 +415,17 @@ def server(reply):
                 if text is not None:
                     message = {"role": "assistant", "content": text}
                     choice = {"index": 0, "finish_reason": "stop", "message": message}
-                    self.send(200, {"id": "c", "object": "chat.completion", "created": 0,
-                                    "model": "m", "choices": [choice]})
+                    self.send(
+                        200,
+                        {
+                            "id": "c",
+                            "object": "chat.completion",
+                            "created": 0,
+                            "model": "m",
+                            "choices": [choice],
+                        },
+                    )
+
     it = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     it.handle_error = lambda *_: None  # clients that were killed
     it.daemon_threads = True
@@ -326,34 +441,51 @@ def oracle(body, handler):
     if text.startswith("Below are"):
         return json.dumps({"consistent": ["it is a square"], "inconsistent": ["a dog"]})
     if text.startswith("Write two"):
-        return json.dumps({"chosen": "The picture shows a square, nothing else.",
-                           "rejected": "The picture shows a square and a dog."})
+        return json.dumps(
+            {
+                "chosen": "The picture shows a square, nothing else.",
+                "rejected": "The picture shows a square and a dog.",
+            }
+        )
     if text.startswith("An answer"):
-        return json.dumps({"contrast_chosen": "The picture shows a circle, nothing else.",
-                           "changes": [{"was": "a square", "is": "a circle"}]})
+        return json.dumps(
+            {
+                "contrast_chosen": "The picture shows a circle, nothing else.",
+                "changes": [{"was": "a square", "is": "a circle"}],
+            }
+        )
     return "A plain square with a dog." if body["model"] == "policy" else "A plain square."
 
 
 def mad_server(w, n=300):
     """Every second request is refused, cut, delayed or garbled; each question is one outcome."""
-    import respond
+    from support.chat import ask_all
+
     rng, lock, tries = random.Random(4), threading.Lock(), collections.Counter()
-    bad = [lambda h, s=s: h.send(s, {"error": {"message": "no"}})
-           for s in (429, 500, 502, 503, 408)]
-    bad += [cut_short, hang_up, lambda h: h.send(200, b"<html>"), lambda h: h.send(200, {}),
-            lambda h: h.send(200, {"choices": []}), lambda h: time.sleep(1.5)]
+    bad = [
+        lambda h, s=s: h.send(s, {"error": {"message": "no"}}) for s in (429, 500, 502, 503, 408)
+    ]
+    bad += [
+        cut_short,
+        hang_up,
+        lambda h: h.send(200, b"<html>"),
+        lambda h: h.send(200, {}),
+        lambda h: h.send(200, {"choices": []}),
+        lambda h: time.sleep(1.5),
+    ]
 
     def reply(body, handler):
         with lock:
             tries[body["messages"][0]["content"]] += 1
             trouble = rng.choice(bad) if rng.random() < 0.5 else None
         return trouble(handler) if trouble else "re: " + body["messages"][0]["content"]
+
     url, stop = server(reply)
     questions = [(f"q{i}", [{"role": "user", "content": f"question {i}"}]) for i in range(n)]
     options = dict(base_url=url, model="m", timeout=1, retries=12, tries=8)
-    got = dict(respond.ask_all(questions, w.folder / "mad.jsonl", **options))
+    got = dict(ask_all(questions, w.folder / "mad.jsonl", **options))
     asked = sum(tries.values())
-    again = dict(respond.ask_all(questions, w.folder / "mad.jsonl", **options))
+    again = dict(ask_all(questions, w.folder / "mad.jsonl", **options))
     stop()
     for i in range(n):
         good = got[f"q{i}"] == again[f"q{i}"] == f"re: question {i}"
@@ -365,14 +497,17 @@ def mad_server(w, n=300):
 
 CAMPAIGN = {
     "SIGKILL at a random moment of training": lambda w: lives(w, train_job, 50, at_random_moment),
-    "SIGKILL before a file operation of training":
-        lambda w: lives(w, train_job, 50, at_file_operation),
+    "SIGKILL before a file operation of training": lambda w: lives(
+        w, train_job, 50, at_file_operation
+    ),
     "SIGKILL in `evaluate.py generate`": lambda w: lives(w, generate_job, 15, at_random_moment),
     "SIGKILL in `evaluate.py judge`": lambda w: lives(w, judge_job, 15, at_random_moment),
-    "SIGKILL in `respond.py build`": lambda w: lives(w, build_job, 20, at_random_moment),
-    "SIGKILL before a file operation of the three":
-        lambda w: (x for job in (generate_job, judge_job, build_job)
-                   for x in lives(w, job, 10, at_file_operation)),
+    "SIGKILL in `construct.responses`": lambda w: lives(w, build_job, 20, at_random_moment),
+    "SIGKILL before a file operation of the three": lambda w: (
+        x
+        for job in (generate_job, judge_job, build_job)
+        for x in lives(w, job, 10, at_file_operation)
+    ),
     "SIGINT and SIGTERM, to process and group": stopped,
     "Disk full, all four commands": full,
     "Disk read-only, all four commands": read_only,
@@ -384,8 +519,9 @@ CAMPAIGN = {
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", default="", help="a part of a fault's name")
     parser.add_argument("--out", default=str(Path(__file__).with_name("results")))
     args = parser.parse_args()
@@ -400,20 +536,37 @@ def main():
             outcomes = list(tries(w))
             stop()
         lost = [o for o in outcomes if o]
-        rows.append({"fault": name, "tried": len(outcomes), "survived": len(outcomes) - len(lost),
-                     "lost": len(lost), "failures": lost[:9],
-                     "seconds": round(time.time() - began)})
+        rows.append(
+            {
+                "fault": name,
+                "tried": len(outcomes),
+                "survived": len(outcomes) - len(lost),
+                "lost": len(lost),
+                "failures": lost[:9],
+                "seconds": round(time.time() - began),
+            }
+        )
         print(json.dumps(rows[-1]), flush=True)
     import peft
     import torch
     import transformers
-    made = (f"Python {platform.python_version()}, torch {torch.__version__}, transformers "
-            f"{transformers.__version__}, peft {peft.__version__}, {time.strftime('%Y-%m-%d')}")
+
+    made = (
+        f"Python {platform.python_version()}, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}, peft {peft.__version__}, {time.strftime('%Y-%m-%d')}"
+    )
     keys = ("fault", "tried", "survived", "lost", "seconds")
-    table = ["# Faults tried", "", "`python tests/faults/campaign.py`: " + made + ".", "",
-             f"| {' | '.join(keys)} |", "|---" + "|---:" * (len(keys) - 1) + "|"]
-    table += [f"| {' | '.join(f'{row[k]:,}' if k != 'fault' else row[k] for k in keys)} |"
-              for row in rows]
+    table = [
+        "# Faults tried",
+        "",
+        "`python tests/faults/campaign.py`: " + made + ".",
+        "",
+        f"| {' | '.join(keys)} |",
+        "|---" + "|---:" * (len(keys) - 1) + "|",
+    ]
+    table += [
+        f"| {' | '.join(f'{row[k]:,}' if k != 'fault' else row[k] for k in keys)} |" for row in rows
+    ]
     Path(f"{args.out}.md").write_text("\n".join(table) + "\n")
     Path(f"{args.out}.json").write_text(json.dumps({"made": made, "rows": rows}, indent=1) + "\n")
 

@@ -1,13 +1,14 @@
 """evaluate.py generate, killed and disturbed: the answers are those of the undisturbed run."""
+
 import json
 import shutil
 import signal
 import time
 
+import harness
 import pytest
 
-import data
-import harness
+from support.files import lock
 
 
 @pytest.fixture(scope="module")
@@ -16,14 +17,35 @@ def asked(llava, prefs, tmp_path_factory):
     base = tmp_path_factory.mktemp("asked")
     shutil.copytree(prefs.parent, base / "image")
     (base / "query").mkdir()
-    (base / "query" / "query_all.json").write_text(json.dumps(
-        [{"id": i, "image": f"m{i}.png", "query": "Is it " + "very " * i + "big?"}
-         for i in range(10)]))
+    (base / "query" / "query_all.json").write_text(
+        json.dumps(
+            [
+                {"id": i, "image": f"m{i}.png", "query": "Is it " + "very " * i + "big?"}
+                for i in range(10)
+            ]
+        )
+    )
     (base / "annotations.json").write_text(json.dumps([{"type": "generative"}] * 10))
-    argv = ["generate", "--benchmark", "amber", "--data", base, "--model", llava,
-            "--batch-size", "4", "--max-new-tokens", "16", "--temperature", "1", "--dimension", "g"]
-    assert harness.run("evaluate", [*argv, "--out", base / "whole"], base / "log") == 0, \
-        (base / "log").read_text()
+    argv = [
+        "generate",
+        "--benchmark",
+        "amber",
+        "--data",
+        base,
+        "--model",
+        llava,
+        "--batch-size",
+        "4",
+        "--max-new-tokens",
+        "16",
+        "--temperature",
+        "1",
+        "--dimension",
+        "g",
+    ]
+    assert harness.run("evaluate", [*argv, "--out", base / "whole"], base / "log") == 0, (
+        base / "log"
+    ).read_text()
     return argv, (base / "whole" / "answers.jsonl").read_bytes()
 
 
@@ -33,8 +55,9 @@ def test_answers_after_a_kill_are_those_of_the_undisturbed_run(asked, tmp_path):
     out, log = tmp_path / "out", tmp_path / "log"
     argv = [*argv, "--out", out]
     process = harness.child("evaluate", argv, log)
-    while process.is_alive() and not ((out / "answers.jsonl").exists()
-                                      and (out / "answers.jsonl").read_bytes()):
+    while process.is_alive() and not (
+        (out / "answers.jsonl").exists() and (out / "answers.jsonl").read_bytes()
+    ):
         time.sleep(0.005)
     process.kill()
     process.join()
@@ -49,7 +72,7 @@ def test_a_second_process_on_the_folder_is_refused(asked, tmp_path):
     argv, whole = asked
     argv = [*argv, "--out", tmp_path / "out"]
     (tmp_path / "out").mkdir()
-    held = data.lock(tmp_path / "out")  # as a running evaluation holds it
+    held = lock(tmp_path / "out")  # as a running evaluation holds it
     assert harness.run("evaluate", argv, tmp_path / "log") == 2
     assert "another process" in (tmp_path / "log").read_text()
     assert not (tmp_path / "out" / "answers.jsonl").exists()

@@ -1,13 +1,14 @@
 """Disks that are full or read-only: a clear message, and everything finished still there."""
+
 import os
 import subprocess
 
-import pytest
-
 import harness
-import respond
-from test_kill import FEW, job  # noqa: F401
-from test_respond import build_args, pairs  # noqa: F401
+import pytest
+from conftest import build_args
+from test_kill import job  # noqa: F401
+
+from construct import responses
 
 try:
     with harness.small_disk("/tmp/symmpo-may-we-mount"):
@@ -75,7 +76,7 @@ def test_nothing_written_can_be_executed(job):  # noqa: F811
     assert len(files) > 10 and not any(p.stat().st_mode & 0o111 for p in files)
 
 
-def test_building_where_nothing_can_be_written_is_one_message(pairs, capsys):  # noqa: F811
+def test_building_where_nothing_can_be_written_is_one_message(pairs, capsys):
     with pytest.raises(SystemExit) as e:
-        respond.main(build_args(pairs, "http://127.0.0.1:9/v1", out="/dev/null/prefs.jsonl"))
+        responses.main(build_args(pairs, "http://127.0.0.1:9/v1", out="/dev/null/prefs.jsonl"))
     assert e.value.code == 2 and "error: " in capsys.readouterr().err

@@ -1,41 +1,66 @@
-"""Broken records and images: either a record or a Problem that names it, and nothing else."""
+"""Broken records and images: either a record or a UserError that names it, and nothing else."""
+
 import json
 import random
 import subprocess
 import sys
 
+import harness
+import mutate
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
+from test_kill import job  # noqa: F401
+from test_train import read_metrics
 
 import data
 import evaluate
-import harness
-import mutate
-import respond
 import train
-from data import Problem
-from test_kill import job  # noqa: F401
+from construct import contrast, responses, review
+from data import records_of_step
+from support.cli import UserError
+from support.images import open_image
+from vlm.load import load_processor
+from vlm.prompts import Prompts
 
 ANYTHING = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(
-        [v for v in mutate.VALUES if isinstance(v, str)]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
-        st.sampled_from(sorted({key for raw in mutate.GOOD for key in raw} | {"content", "type"})),
-        inner, max_size=6), max_leaves=12)
-QUICK = settings(max_examples=150, deadline=None, database=None, derandomize=True,
-                 suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.sampled_from([v for v in mutate.VALUES if isinstance(v, str)]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                sorted({key for raw in mutate.GOOD for key in raw} | {"content", "type"})
+            ),
+            inner,
+            max_size=6,
+        )
+    ),
+    max_leaves=12,
+)
+QUICK = settings(
+    max_examples=150,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 
 
 def read(path, i):
-    """Record i with its images, or the message of the Problem it meets, which names the line."""
+    """Record i with its images, or the message of the error it meets, which names the line."""
     try:
         records = data.Records(path)
         record = records[i]
         for field in data.IMAGES:
             if field in record:
-                data.open_image(record[field], record["root"], allow_outside=False)
-    except Problem as e:
+                open_image(record[field], record["root"], allow_outside=False)
+    except UserError as e:
         return str(e)
     assert all(record[field].strip() for field in ("prompt", "chosen"))
     return record
@@ -70,7 +95,7 @@ def test_mutated_lines_are_records_or_named(folder, seed):
         found = read(path, i)
         try:
             records[i]
-        except Problem:
+        except UserError:
             assert found.startswith(f"{path}:{i + 1}: "), found
 
 
@@ -79,13 +104,13 @@ def test_mutated_images_open_or_are_named(folder):
     pictures = mutate.pictures()
     for name, whole in pictures.items():
         (folder / name).write_bytes(whole)
-        assert data.open_image(name, folder).mode == "RGB"
-    for k in range(150):
+        assert open_image(name, folder).mode == "RGB"
+    for _ in range(150):
         name = rng.choice(list(pictures))
         (folder / f"bad-{name}").write_bytes(mutate.data(rng, pictures[name]))
         try:
-            assert data.open_image(f"bad-{name}", folder).mode == "RGB"
-        except Problem as e:
+            assert open_image(f"bad-{name}", folder).mode == "RGB"
+        except UserError as e:
             assert f"bad-{name}" in str(e)
 
 
@@ -101,29 +126,39 @@ def test_mutated_parquet_is_read_or_named(folder):
 
 
 @QUICK
-@given(parts=st.lists(st.sampled_from(["<image>", "</s>", "<s>", "<pad>", "<", ">", "/s", " ", "\n",
-                                       "image", "word"]) | st.text(max_size=5), max_size=8))
-def test_no_text_becomes_a_special_token(processor, parts):
+@given(
+    parts=st.lists(
+        st.sampled_from(
+            ["<image>", "</s>", "<s>", "<pad>", "<", ">", "/s", " ", "\n", "image", "word"]
+        )
+        | st.text(max_size=5),
+        max_size=8,
+    )
+)
+def test_no_text_becomes_a_special_token(prompts, parts):
     text = "x" + "".join(parts).encode("utf-8", "replace").decode()
-    special = set(processor.tokenizer.all_special_ids)
-    answer = data.encode_response(processor, "vicuna", text)
-    assert [i for i in answer if i in special - {processor.tokenizer.unk_token_id}] == answer[-1:]
-    ids = data.encode_prompts(processor, "vicuna", [text], [Image.new("RGB", (9, 9))])["input_ids"]
-    assert (ids == processor.tokenizer.convert_tokens_to_ids("<image>")).sum() == 16
+    special = set(prompts.tokenizer.all_special_ids) - {prompts.tokenizer.unk_token_id}
+    answer = prompts.encode_response(text)
+    assert [i for i in answer if i in special] == answer[-1:]
+    ids = prompts.encode([text], [Image.new("RGB", (9, 9))])["input_ids"]
+    assert (ids == prompts.tokenizer.convert_tokens_to_ids("<image>")).sum() == 16
 
 
 @pytest.fixture(scope="module")
-def processor(llava):
-    return data.load_processor(llava)[1]
+def prompts(llava):
+    return Prompts(load_processor(llava)[1], "vicuna")
 
 
-@pytest.mark.parametrize("raw, reason", [
-    ({"image": "a\0.png", "prompt": "Q", "chosen": "A"}, "a\\0.png"),
-    ({"image": "n" * 300, "prompt": "Q", "chosen": "A"}, "nnn"),
-    ({"image": "a.png", "text": "[1]"}, "text"),
-    ({"image": "a.png", "text": 3}, "text"),
-    ({"images": 5, "prompt": [{"content": "Q"}], "chosen": [{"content": "A"}]}, "not int"),
-])
+@pytest.mark.parametrize(
+    "raw, reason",
+    [
+        ({"image": "a\0.png", "prompt": "Q", "chosen": "A"}, "a\\0.png"),
+        ({"image": "n" * 300, "prompt": "Q", "chosen": "A"}, "nnn"),
+        ({"image": "a.png", "text": "[1]"}, "text"),
+        ({"image": "a.png", "text": 3}, "text"),
+        ({"images": 5, "prompt": [{"content": "Q"}], "chosen": [{"content": "A"}]}, "not int"),
+    ],
+)
 def test_odd_records_are_named(folder, raw, reason):
     path = folder / "odd.jsonl"
     path.write_text(json.dumps(raw) + "\n")
@@ -134,9 +169,12 @@ def test_odd_records_are_named(folder, raw, reason):
 def test_the_check_survives_an_ascii_terminal(folder):
     path = folder / "odd.jsonl"
     path.write_text('{"image": "\\ud800é.png", "prompt": "Q", "chosen": "A"}\n')
-    result = subprocess.run([sys.executable, harness.ROOT / "data.py", "check", path],
-                            capture_output=True, text=True, env={
-                                **harness.os.environ, "PYTHONIOENCODING": "ascii"})
+    result = subprocess.run(
+        [sys.executable, harness.ROOT / "data.py", "check", path],
+        capture_output=True,
+        text=True,
+        env={**harness.os.environ, "PYTHONIOENCODING": "ascii"},
+    )
     assert result.returncode == 1 and "1 bad" in result.stdout, result.stderr
 
 
@@ -147,41 +185,54 @@ def test_a_bad_record_costs_no_finished_step(job):  # noqa: F811
     path, lines = prefs.parent / "one-bad.jsonl", prefs.read_text().splitlines()
     command = [*map(str, argv), "--data", str(path), "--batch-size", "2", "--save-every", "99"]
     path.touch()
-    bad = train.batch_of(2, 6, train.parse_args(command))[0]
-    path.write_text("\n".join([*lines[:bad], "{", *lines[bad + 1:]]) + "\n")
+    bad = records_of_step(2, 6, train.read_options(command))[0]
+    path.write_text("\n".join([*lines[:bad], "{", *lines[bad + 1 :]]) + "\n")
     assert harness.run("train", command, log) == 2
     assert f"{path}:{bad + 1}: not valid JSON" in log.read_text()
     assert (out / "checkpoint-2" / "adapter_model.safetensors").exists()
     path.write_text("\n".join(lines) + "\n")
     assert harness.run("train", [*command, "--resume"], log) == 0
-    assert len(train.read_metrics(out)) == 4
+    assert len(read_metrics(out)) == 4
 
 
 def test_bad_held_out_records_are_found_before_the_first_step(job, capsys):  # noqa: F811
     argv, out, _ = job("bad-held-out")
     path = argv[3].parent / "held.jsonl"
-    path.write_text('{"image": "gone.png", "prompt": "Q", "chosen": "A", "rejected": "B"}\n{\n'
-                    + argv[3].read_text().splitlines()[0] + "\n")
+    path.write_text(
+        '{"image": "gone.png", "prompt": "Q", "chosen": "A", "rejected": "B"}\n{\n'
+        + argv[3].read_text().splitlines()[0]
+        + "\n"
+    )
     command = [*map(str, argv), "--eval-data", str(path)]
     with pytest.raises(SystemExit):
         train.main(command)
-    assert f"{path}:1" in capsys.readouterr().err and not train.read_metrics(out)
+    assert f"{path}:1" in capsys.readouterr().err and not read_metrics(out)
     train.main([*command, "--skip-bad", "--out", str(out) + "2"])
     assert capsys.readouterr().out.count("left out") == 2
-    assert "eval/loss" in train.read_metrics(out.with_name(out.name + "2"))[-1]
+    assert "eval/loss" in read_metrics(out.with_name(out.name + "2"))[-1]
 
 
-@pytest.mark.parametrize("module, command", [
-    (train, "--workers -1"), (train, "--lora-dropout -0.5"), (train, "--weight-decay -1"),
-    (evaluate, "generate --beams 0"), (evaluate, "generate --limit -1"),
-    (evaluate, "generate --temperature nan"), (evaluate, "run --batch-size 0"),
-    (respond, "report x --out y --limit 0"), (respond, "report x --out y --limit 1.5"),
-    (respond, "build x --out y --captioner a --policy b --writer c --writer-url d --concurrency 0"),
-    (respond, "build x --out y --captioner a --policy b --writer c --writer-url d --timeout inf"),
-    (data, "contrast x --out y --step 2000"), (data, "check x --max-length 0")])
+@pytest.mark.parametrize(
+    "module, command",
+    [
+        (train, "--workers -1"),
+        (train, "--lora-dropout -0.5"),
+        (train, "--weight-decay -1"),
+        (evaluate, "generate --beams 0"),
+        (evaluate, "generate --limit -1"),
+        (evaluate, "generate --temperature nan"),
+        (evaluate, "run --batch-size 0"),
+        (review, "x --out y --limit 0"),
+        (review, "x --out y --limit 1.5"),
+        (responses, "x --out y --captioner a --policy b --writer c --writer-url d --concurrency 0"),
+        (responses, "x --out y --captioner a --policy b --writer c --writer-url d --timeout inf"),
+        (contrast, "x --out y --step 2000"),
+        (data, "check x --max-length 0"),
+    ],
+)
 def test_numbers_without_a_meaning_are_refused(module, command, capsys):
     with pytest.raises(SystemExit) as end:
         module.main(command.split())
     *_, option, number = command.split()
     said = capsys.readouterr().err
-    assert end.value.code == 2 and f"argument {option}: " in said and number in said
+    assert end.value.code == 2 and option in said and number in said

@@ -1,16 +1,18 @@
 """Killed at any file operation or moment, or stopped politely: resumed, it equals the whole run."""
+
 import os
 import random
 import signal
 import time
 
-import pytest
-
 import harness
+import pytest
 from conftest import write_prefs
 
-FEW = ("--lora-r 2 --lora-alpha 4 --lr 1e-2 --steps 4 --batch-size 3 --save-every 1 "
-       "--sample-every 3 --seed 1").split()
+FEW = (
+    "--lora-r 2 --lora-alpha 4 --lr 1e-2 --steps 4 --batch-size 3 --save-every 1 "
+    "--sample-every 3 --seed 1"
+).split()
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +27,20 @@ def job(llava, tmp_path_factory):
 
     def make(name, *options):
         out, cache = base / name, base / f"{name}-cache"
-        argv = ["--model", llava, "--data", prefs, "--eval-data", few, "--out", out, "--cache",
-                cache, *FEW, *options]
+        argv = [
+            "--model",
+            llava,
+            "--data",
+            prefs,
+            "--eval-data",
+            few,
+            "--out",
+            out,
+            "--cache",
+            cache,
+            *FEW,
+            *options,
+        ]
         return argv, out, base / f"{name}.log"
 
     argv, out, log = make("whole")
@@ -40,8 +54,16 @@ def test_killed_again_and_again_at_file_operations(job):
     """Each life ends before the n-th creation, renaming or removal of a file."""
     argv, out, log = job("killed")
     rng, lives = random.Random(0), 0
-    while harness.run("train", [*argv, "--resume"], log, watch=[job.base],
-                      kill_at=rng.randint(job.events // 3, job.events // 2)) == -signal.SIGKILL:
+    while (
+        harness.run(
+            "train",
+            [*argv, "--resume"],
+            log,
+            watch=[job.base],
+            kill_at=rng.randint(job.events // 3, job.events // 2),
+        )
+        == -signal.SIGKILL
+    ):
         lives += 1
         assert lives < 20
     assert lives >= 2 and "Traceback" not in log.read_text()

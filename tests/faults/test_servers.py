@@ -1,5 +1,6 @@
-"""Servers that misbehave in rarer ways than test_respond.py has them: finished work is kept, the
+"""Servers that misbehave in rarer ways than test_chat.py has them: finished work is kept, the
 client neither hangs nor swells, and the message says what was wrong."""
+
 import json
 import socket
 import ssl
@@ -9,9 +10,9 @@ import time
 import tracemalloc
 
 import pytest
+from chat_server import KEY, ask, completion, echo, lines, questions
 
-from data import Problem
-from test_respond import KEY, ask, completion, echo, lines, questions, serve  # noqa: F401
+from support.cli import UserError
 
 
 def begin(handler, length):
@@ -37,14 +38,14 @@ def endless(handler):
         handler.wfile.write(b" " * 1_000_000)
 
 
-def test_a_slow_drip_meets_the_timeout(serve, tmp_path):  # noqa: F811
+def test_a_slow_drip_meets_the_timeout(serve, tmp_path):
     url, bodies = serve(lambda body, attempt: drip if attempt == 0 else echo(body, attempt))
     began = time.monotonic()
     assert ask(questions(1), tmp_path / "log", url, timeout=0.5) == {"q0": "re: question 0"}
     assert time.monotonic() - began < 4 and len(bodies) == 2
 
 
-def test_an_endless_reply_is_cut_off(serve, tmp_path):  # noqa: F811
+def test_an_endless_reply_is_cut_off(serve, tmp_path):
     url, _ = serve(lambda body, attempt: endless if attempt == 0 else echo(body, attempt))
     tracemalloc.start()
     assert ask(questions(1), tmp_path / "log", url) == {"q0": "re: question 0"}
@@ -52,7 +53,7 @@ def test_an_endless_reply_is_cut_off(serve, tmp_path):  # noqa: F811
     tracemalloc.stop()
 
 
-def test_replies_with_a_wrong_id_or_model_still_belong_to_their_request(serve, tmp_path):  # noqa: F811
+def test_replies_with_a_wrong_id_or_model_still_belong_to_their_request(serve, tmp_path):
     def stranger(body, attempt):
         reply = completion(echo(body, attempt), "another-model") | {"id": "chatcmpl-of-somebody"}
         return lambda handler: handler.reply(200, reply)
@@ -63,7 +64,7 @@ def test_replies_with_a_wrong_id_or_model_still_belong_to_their_request(serve, t
     assert {entry["id"] for entry in lines(log)} == {f"q{i}" for i in range(4)}
 
 
-def test_a_key_that_expires_midway_keeps_what_was_answered(serve, tmp_path):  # noqa: F811
+def test_a_key_that_expires_midway_keeps_what_was_answered(serve, tmp_path):
     valid, asked = {"left": 7}, []
 
     def script(body, attempt):
@@ -73,7 +74,7 @@ def test_a_key_that_expires_midway_keeps_what_was_answered(serve, tmp_path):  # 
 
     url, _ = serve(script)
     log = tmp_path / "log"
-    with pytest.raises(Problem, match="refuses the key"):
+    with pytest.raises(UserError, match="refuses the key"):
         ask(questions(40), log, url, concurrency=2)
     assert len(lines(log)) == 7 and len(asked) <= 7 + 4 and KEY not in log.read_text()
     valid["left"] = 40  # a new key
@@ -82,13 +83,28 @@ def test_a_key_that_expires_midway_keeps_what_was_answered(serve, tmp_path):  # 
 
 
 @pytest.mark.parametrize("how", ["no TLS there", "unknown certificate"])
-def test_tls_errors_are_named(serve, tmp_path, how, monkeypatch):  # noqa: F811
+def test_tls_errors_are_named(serve, tmp_path, how, monkeypatch):
     url, _ = serve(echo)
     if how == "unknown certificate":
         made = subprocess.run(
-            ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj",
-             "/CN=127.0.0.1", "-keyout", tmp_path / "key", "-out", tmp_path / "cert"],
-            capture_output=True)
+            [
+                "openssl",
+                "req",
+                "-x509",
+                "-newkey",
+                "rsa:2048",
+                "-nodes",
+                "-days",
+                "1",
+                "-subj",
+                "/CN=127.0.0.1",
+                "-keyout",
+                tmp_path / "key",
+                "-out",
+                tmp_path / "cert",
+            ],
+            capture_output=True,
+        )
         if made.returncode:
             pytest.skip("no openssl to make a certificate with")
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -103,9 +119,10 @@ def test_tls_errors_are_named(serve, tmp_path, how, monkeypatch):  # noqa: F811
                     pass  # the client hung up on the certificate
                 except OSError:
                     return
+
         threading.Thread(target=refuse, daemon=True).start()
         url = f"http://127.0.0.1:{server.getsockname()[1]}/v1"
-    with pytest.raises(Problem, match="SSL|TLS|certificate") as error:
+    with pytest.raises(UserError, match="SSL|TLS|certificate") as error:
         ask(questions(3), tmp_path / "log", url.replace("http:", "https:"), retries=1)
     assert KEY not in str(error.value) and "again" not in json.dumps(str(error.value))
     if how == "unknown certificate":

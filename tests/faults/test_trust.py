@@ -1,19 +1,21 @@
 """Nothing loaded can run code, keys stay in memory, paths stay inside, numbers are checked."""
+
+import dataclasses
 import json
 import pickle
 import shutil
 
+import harness
 import pytest
 import torch
-
-import data
-import harness
-import respond
-import train
+from chat_server import KEY
 from conftest import save_llava15
-from data import Problem
 from test_kill import job  # noqa: F401
-from test_respond import KEY, echo, serve  # noqa: F401
+
+import train
+from construct import contrast, review
+from support.cli import UserError
+from vlm.load import load_adapter, load_model
 
 
 class Harmful:
@@ -48,9 +50,15 @@ def test_a_pickle_in_a_checkpoint_does_not_run(job, tmp_path, capsys):  # noqa: 
     assert message.count("damaged") == 2 and str(folder) in message and not trace.exists()
 
 
-@pytest.mark.parametrize("whole, harm", [("model.safetensors", "pytorch_model.bin"),
-                                         ("tokenizer.json", None), ("config.json", None),
-                                         ("model.safetensors", None)])
+@pytest.mark.parametrize(
+    "whole, harm",
+    [
+        ("model.safetensors", "pytorch_model.bin"),
+        ("tokenizer.json", None),
+        ("config.json", None),
+        ("model.safetensors", None),
+    ],
+)
 def test_damaged_and_harmful_models_are_refused(llava, tmp_path, whole, harm):
     trace, folder = tmp_path / "it-ran", tmp_path / "model"
     shutil.copytree(llava, folder)
@@ -59,8 +67,8 @@ def test_damaged_and_harmful_models_are_refused(llava, tmp_path, whole, harm):
         torch.save({"x": Harmful(trace)}, folder / harm)
     else:
         (folder / whole).write_bytes((folder / whole).read_bytes()[:-100])
-    with pytest.raises(Problem, match="model"):
-        data.load_model(str(folder))
+    with pytest.raises(UserError, match="model"):
+        load_model(str(folder))
     assert not trace.exists()
 
 
@@ -73,8 +81,8 @@ def test_code_beside_a_model_is_not_run(llava, tmp_path, monkeypatch):
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "own.py").write_text(f"open({str(trace)!r}, 'w')\n")
     monkeypatch.setattr("builtins.input", lambda *_: "y")
-    with pytest.raises(Problem, match="model"):
-        data.load_model(str(folder))
+    with pytest.raises(UserError, match="model"):
+        load_model(str(folder))
     assert not trace.exists()
 
 
@@ -94,16 +102,27 @@ def test_paths_out_of_the_data_folder_need_a_flag(job, tmp_path, capsys):  # noq
     for image in (str(argv[3].parent / line["image"]), "link/" + line["image"]):
         path = tmp_path / "deep" / "prefs.jsonl"
         path.write_text(json.dumps({**line, "image": image, "contrast_image": image}) + "\n")
-        command = [*map(str, argv), "--data", str(path), "--eval-data", str(path), "--steps", "1",
-                   "--out", str(tmp_path / image.replace("/", "-"))]
+        command = [
+            *map(str, argv),
+            "--data",
+            str(path),
+            "--eval-data",
+            str(path),
+            "--steps",
+            "1",
+            "--out",
+            str(tmp_path / image.replace("/", "-")),
+        ]
         with pytest.raises(SystemExit):
             train.main(command)
         message = capsys.readouterr().err
         assert f"{path}:1: " in message and "--allow-outside" in message
         train.main([*command, "--allow-outside"])
-        for module, other in ((data, ["contrast", str(path), "--kind", "black"]),
-                              (data, ["contrast", str(path), "--kind", "random"]),
-                              (respond, ["report", str(path)])):
+        for module, other in (
+            (contrast, [str(path), "--kind", "black"]),
+            (contrast, [str(path), "--kind", "random"]),
+            (review, [str(path)]),
+        ):
             again = [*other, "--out", str(tmp_path / "deep" / "out.jsonl")]
             with pytest.raises(SystemExit) as end:
                 module.main(again)
@@ -123,9 +142,20 @@ def small(llava, prefs, tmp_path_factory):
     base = tmp_path_factory.mktemp("numbers")
 
     def run(name, *options, model=llava):
-        argv = ["--model", model, "--data", prefs, "--out", base / name, "--cache", base / "cache",
-                *"--steps 1 --batch-size 2 --lora-r 2 --lora-alpha 4".split(), *options]
+        argv = [
+            "--model",
+            model,
+            "--data",
+            prefs,
+            "--out",
+            base / name,
+            "--cache",
+            base / "cache",
+            *"--steps 1 --batch-size 2 --lora-r 2 --lora-alpha 4".split(),
+            *options,
+        ]
         return harness.run("train", argv, base / f"{name}.log"), (base / f"{name}.log").read_text()
+
     run.cache = base / "cache"
     return run
 
@@ -135,27 +165,38 @@ def test_the_cache_of_another_model_setting_or_dtype_is_not_used(small, llava, t
     import sqlite3
 
     def entries():
-        return sum(sqlite3.connect(p).execute("SELECT count(*) FROM logps").fetchone()[0]
-                   for p in small.cache.glob("*.sqlite"))
+        return sum(
+            sqlite3.connect(p).execute("SELECT count(*) FROM tables").fetchone()[0]
+            for p in small.cache.glob("*.sqlite")
+        )
+
     other = save_llava15(tmp_path / "other", image_size=56, seed=1)
     layer, pixels, chatty = (tmp_path / name for name in ("layer", "pixels", "chatty"))
     shutil.copytree(llava, chatty)
     (chatty / "chat_template.jinja").write_text(
         "{% for m in messages %}{% for c in m.content %}{{ '<image>' if c.type == 'image' else "
-        "c.text }}{% endfor %} {% endfor %}")
+        "c.text }}{% endfor %} {% endfor %}"
+    )
     for folder, file, old, new in [
-            (layer, "config.json", '"vision_feature_layer": -2', '"vision_feature_layer": -3'),
-            (pixels, "processor_config.json", '"do_normalize": true', '"do_normalize": false')]:
+        (layer, "config.json", '"vision_feature_layer": -2', '"vision_feature_layer": -3'),
+        (pixels, "processor_config.json", '"do_normalize": true', '"do_normalize": false'),
+    ]:
         shutil.copytree(llava, folder)
         text = (folder / file).read_text()
         assert old in text
         (folder / file).write_text(text.replace(old, new))
     code, log = small("first")
     assert code == 0, log
-    for n, (name, options) in enumerate([
-            ("other", {"model": other}), ("layer", {"model": layer}), ("pixels", {"model": pixels}),
+    for n, (name, options) in enumerate(
+        [
+            ("other", {"model": other}),
+            ("layer", {"model": layer}),
+            ("pixels", {"model": pixels}),
             ("dtype", {"options": ("--dtype", "bfloat16")}),
-            ("format", {"model": chatty, "options": ("--prompt-format", "chat")})], 2):
+            ("format", {"model": chatty, "options": ("--prompt-format", "chat")}),
+        ],
+        2,
+    ):
         code, log = small(name, *options.get("options", ()), model=options.get("model", llava))
         assert code == 0, log
         assert entries() == 2 * n, name
@@ -167,13 +208,13 @@ def test_an_adapter_for_another_base_is_refused(job, tmp_path):  # noqa: F811
     same_shape = save_llava15(tmp_path / "same", image_size=56, seed=5)
     wider = save_llava15(tmp_path / "wider", image_size=56, width=48)
     for model in (same_shape, wider):
-        with pytest.raises(Problem, match="another base"):
-            data.load_model(str(model), adapter=str(adapter))
+        with pytest.raises(UserError, match="another base"):
+            load_adapter(load_model(str(model))[0], adapter)
     stranger = tmp_path / "stranger"  # an adapter from elsewhere, that says nothing of its base
     shutil.copytree(adapter, stranger)
     (stranger / "run.json").unlink()
-    with pytest.raises(Problem, match="cannot be loaded"):
-        data.load_model(str(wider), adapter=str(stranger))
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_adapter(load_model(str(wider))[0], stranger)
 
 
 @pytest.mark.parametrize("what", ["dtype", "template"])
@@ -186,11 +227,14 @@ def test_step_0_catches_a_reference_made_differently(job, tmp_path, capsys, monk
         if what == "dtype":
             with torch.autocast("cpu", torch.bfloat16):
                 return real(run, rows, records)
-        cut = [{**row, "inputs": {**row["inputs"], "input_ids": row["inputs"]["input_ids"].clone()}}
-               for row in rows]
-        for row in cut:
-            row["inputs"]["input_ids"][0, -2] = 5
+        cut = []
+        for row in rows:
+            ids = row.inputs["input_ids"].clone()
+            ids[0, -2] = 5
+            inputs = {**row.inputs, "input_ids": ids}
+            cut.append(dataclasses.replace(row, inputs=inputs))
         return real(run, cut, records)
+
     monkeypatch.setattr(train, "policy_table", different)
     argv, _, _ = job(f"step0-{what}")
     with pytest.raises(SystemExit):

@@ -1,0 +1,105 @@
+"""Answers to a benchmark's questions, one after the other, on disk as they come."""
+
+import json
+from itertools import groupby
+from pathlib import Path
+
+from tqdm import tqdm
+
+from benchmarks import BENCHMARKS, score
+from benchmarks.common import Settings, read
+from support.cli import UserError
+from support.files import drop_torn_line, lock, write_json
+from support.images import open_image
+
+
+def answer(model, prompts, questions, first=0, batch_size=16, seed=0, **decoding):
+    """Yields the model's answers from question number `first` on, in order, and keeps none. Batches
+    and their seeds do not depend on `first`, so answers do not either."""
+    import torch
+
+    from vlm.generate import generate
+
+    bar = tqdm(total=len(questions), desc="answering", unit=" questions")
+    for start, batch in batches(questions, batch_size):
+        if start + len(batch) > first:
+            images = None
+            if batch[0].image is not None:
+                images = [open_image(question.image) for question in batch]
+            texts = [question.prompt for question in batch]
+            torch.manual_seed(seed + start)
+            answers = generate(model, prompts, texts, images, **decoding)
+            yield from answers[max(0, first - start) :]
+        bar.update(len(batch))
+    bar.close()
+
+
+def batches(questions, size):
+    """(number of its first question, questions): all with an image, or all without."""
+    start = 0
+    for _, alike in groupby(questions, key=lambda question: question.image is not None):
+        alike = list(alike)
+        for k in range(0, len(alike), size):
+            yield start + k, alike[k : k + size]
+        start += len(alike)
+
+
+def measure(model, prompts, folder, benchmark="amber", settings=None, **decoding):
+    """Generate and score in memory, without a file: what `score` returns."""
+    settings = settings or Settings()
+    module = BENCHMARKS[benchmark]
+    questions = module.questions(folder, settings)
+    answers = []
+    for text, question in zip(answer(model, prompts, questions, **decoding), questions):
+        answers.append({**question.record, module.ANSWER: text})
+    return score(benchmark, answers, folder, settings)
+
+
+def before_and_after(policy, prompts, folder):
+    """Print hallucination on a folder of AMBER's form, the policy's adapter off and on."""
+    policy.eval()
+    with policy.disable_adapter():
+        before = measure(policy, prompts, folder)["metrics"]
+    after = measure(policy, prompts, folder)["metrics"]
+    print(f"{'held-out scenes (%)':20}   CHAIR   cover     hal  yes/no")
+    for name, found in (("before", before), ("after", after)):
+        made, asked = found["generative"], found["discriminative"]
+        values = made["CHAIR"], made["Cover"], made["Hal"], asked["Accuracy"]
+        print(f"{name:20}" + "".join(f"{value:8.1f}" for value in values))
+
+
+class Answers:
+    """answers.jsonl in a folder, which grows question by question, and beside it
+    answers.settings.json: how they are made. A killed run goes on; other settings are refused."""
+
+    def __init__(self, folder, made):
+        self.path = Path(folder, "answers.jsonl")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.lock = lock(folder)
+        known = self.path.with_suffix(".settings.json")
+        if self.path.exists():
+            self.refuse_others(read(known) if known.exists() else {}, made)
+        self.count = drop_torn_line(self.path)
+        write_json(known, made)
+
+    def refuse_others(self, old, made):
+        changed = [name for name in made if old.get(name) != made[name]]
+        if changed:
+            name = changed[0]
+            raise UserError(
+                f"{self.path}: made with other settings ({name} was {old.get(name)!r}, is "
+                f"{made[name]!r}); choose another --out"
+            )
+
+    def extend(self, texts, questions, field):
+        """Append an answer for each question that has none yet."""
+        with open(self.path, "a", encoding="utf-8") as file:
+            for text, question in zip(texts, questions[self.count :]):
+                file.write(json.dumps({**question.record, field: text}) + "\n")
+                file.flush()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.lock.close()

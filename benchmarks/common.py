@@ -1,0 +1,132 @@
+"""What the benchmarks share: reading their files, finding their images, checking answers.
+
+Nothing in benchmarks/ imports torch (but answers.py, where a model answers): scoring is quick.
+"""
+
+import base64
+import functools
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from support.cli import UserError
+from support.images import open_image
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass
+class Question:
+    prompt: str
+    image: str | bytes | None  # its path, or the file itself
+    record: dict  # the published answer format without the answer
+
+
+@dataclass
+class Settings:
+    """How a benchmark is asked and read."""
+
+    protocol: str = "symmpo"  # the paper's lenient reading, or "official"
+    dimension: str = "a"  # AMBER: a all, g captions, d yes/no, de, da, dr its parts
+    judgements: list | None = None  # raw texts in answer order
+    similar: list | None = None  # AMBER: pairs of words that mean the same
+    allow_outside: bool = False  # may images leave the benchmark's folder?
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def read(path):
+    """A JSON file's value, or the list of values of a JSONL or parquet file."""
+    path = Path(path)
+    try:
+        raw = path.read_bytes()
+        if raw.startswith(b"version https://git-lfs"):
+            raise UserError(f"{path}: a Git LFS pointer; `git lfs pull` fetches the file itself")
+        if path.suffix == ".parquet":
+            import pyarrow
+            import pyarrow.parquet
+
+            return pyarrow.parquet.read_table(pyarrow.BufferReader(raw)).to_pylist()
+        text = raw.decode("utf-8-sig").replace("\r\n", "\n").strip()
+        is_lines = path.suffix == ".jsonl" or "}\n{" in text
+        if is_lines and not text.startswith("["):
+            lines = [line for line in text.split("\n") if line.strip()]
+            text = "[" + ",\n".join(lines) + "]"  # one text, so that an error says the line
+        return json.loads(text)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+
+
+def find(folder, *names):
+    """The first of the named files that is in the folder or in its data/."""
+    for place in (Path(folder), Path(folder, "data")):
+        for name in names:
+            if (place / name).is_file():
+                return place / name
+    raise UserError(f"{folder}: no {' or '.join(names)}; `evaluate.py fetch-help` says what to get")
+
+
+def word_list(benchmark, name):
+    """The path of one of the committed word lists."""
+    return HERE / benchmark / name
+
+
+# --- images ---------------------------------------------------------------------------------------
+
+
+def image_of(folder, subfolder, given, settings):
+    """A question's image as a path or bytes, from what the benchmarks' files have: a path, a web
+    address (its last part is the file's name), base64, bytes, or {"bytes", "path"}. None for none.
+    """
+    if isinstance(given, dict):
+        given = given.get("bytes") or given.get("path")
+    if not given:
+        return None
+    if isinstance(given, str) and "." in given:
+        return image_file(str(folder), subfolder, given, settings.allow_outside)
+    if isinstance(given, str):
+        return base64.b64decode(given)
+    return given
+
+
+@functools.cache
+def image_file(folder, subfolder, name, allow_outside):
+    """The path of an image, when it can be opened: a broken one is an error before the model is
+    loaded."""
+    if "://" in name:
+        name = name.rpartition("/")[2]
+    path = find(folder, name, f"{subfolder}/{name}")
+    open_image(os.path.relpath(path, folder), folder, allow_outside)
+    return str(path)
+
+
+def need_image(image, folder, prompt):
+    """Refuse a question that has lost its image."""
+    if image is None:
+        raise UserError(f"{folder}: no image belongs to the question {prompt!r}")
+    return image
+
+
+# --- answers --------------------------------------------------------------------------------------
+
+
+def need_answers(answers, judgements):
+    """Answers are a list of dicts, and there is a judgement for each or none at all."""
+    if not isinstance(answers, list) or not answers:
+        raise UserError("no answers: they are a JSON list, or JSONL")
+    if judgements is not None and len(judgements) != len(answers):
+        raise UserError(f"{len(judgements)} judgements for {len(answers)} answers")
+
+
+def need_fields(answers, kinds):
+    """Answers have these fields, {name: type or types}."""
+    for number, answer in enumerate(answers, start=1):
+        for name, kind in kinds.items():
+            if not isinstance(answer, dict) or not isinstance(answer.get(name), kind):
+                raise UserError(f"answer {number}: the field {name} is missing or of a wrong type")
+
+
+def percent(part, whole):
+    return 100 * part / whole

@@ -1,0 +1,101 @@
+"""HallusionBench (Guan et al. 2024): the same questions about a figure and about an edit of it.
+https://github.com/tianyi-lab/HallusionBench; numbers as its official scorer's, to the digit.
+
+    HallusionBench.json    [{"category": "VD", "subcategory": "illusion", "set_id": "0",
+                             "figure_id": "1", "question_id": "0", "question": "...",
+                             "gt_answer": "1", "filename": "./VD/illusion/0_1.png",
+                             "visual_input": "1"}, ...]
+    answers                the same, each with "model_prediction"
+    judgements             texts that say correct, incorrect or unclear, in answer order
+
+aAcc: right answers. qAcc: questions right for all their figures. fAcc: figures with all answers
+right. Without a judge the first yes or no of an answer is compared with gt_answer.
+"""
+
+import re
+from collections import defaultdict
+from typing import NamedTuple
+
+from benchmarks.common import Question, find, image_of, need_fields, need_image, percent, read
+from support.cli import UserError
+
+ITEMS, ANSWER = 1129, "model_prediction"
+FILES = ("HallusionBench.json",)
+COLUMNS = {"qAcc↑": ("qAcc",), "fAcc↑": ("fAcc",), "aAcc↑": ("aAcc",)}
+
+
+class Place(NamedTuple):
+    """Where a question belongs. Figure 0 is the original, others are its edits."""
+
+    category: str
+    subcategory: str
+    set_id: str
+    figure_id: str
+    question_id: str
+
+    def without_image(self):
+        """VS questions of figure 0 are asked without any image: there, unsure is right."""
+        return self.category == "VS" and self.figure_id == "0"
+
+
+def questions(folder, settings):
+    asked = []
+    for row in read(find(folder, *FILES)):
+        image = None
+        if row["visual_input"] != "0":
+            image = image_of(folder, "hallusion_bench", row.get("filename"), settings)
+            need_image(image, folder, row["question"])
+        asked.append(Question(row["question"], image, row))
+    return asked
+
+
+def judge_messages(prompt, row):
+    return [{"role": "user", "content": prompt.substitute(row)}]
+
+
+def check_reply(text):
+    """Any text is a judgement: one that is neither correct nor incorrect means unsure."""
+
+
+def score(answers, folder, settings):
+    """(metrics, how texts were read)."""
+    need_fields(answers, {ANSWER: str, **dict.fromkeys((*Place._fields, "gt_answer"), (str, int))})
+    judgements, right = settings.judgements, {}
+    for number, answer in enumerate(answers):
+        place = Place(*(str(answer[name]) for name in Place._fields))
+        if place in right:
+            raise UserError(f"question {'/'.join(place)}: there is a second one")
+        if judgements is None:
+            right[place] = first_yes_or_no(answer, place)
+        else:
+            right[place] = judged_right(judgements[number], place)
+
+    by_question, by_figure = defaultdict(list), defaultdict(list)
+    for place, is_right in right.items():
+        if place._replace(figure_id="0") not in right:
+            raise UserError(f"question {'/'.join(place)}: there is none like it of figure 0")
+        by_question[place._replace(figure_id="")].append(is_right)
+        if not place.without_image():
+            by_figure[place._replace(question_id="")].append(is_right)
+    if not by_figure:
+        raise UserError("there are no answers about figures: no fAcc")
+    metrics = {
+        "qAcc": round(percent(sum(map(all, by_question.values())), len(by_question)), 4),
+        "fAcc": round(percent(sum(map(all, by_figure.values())), len(by_figure)), 4),
+        "aAcc": round(percent(sum(right.values()), len(right)), 4),
+    }
+    return metrics, "no judge: first yes/no" if judgements is None else "judge"
+
+
+def judged_right(reply, place):
+    reply = reply.lower()
+    if "incorrect" in reply:
+        return False
+    return True if "correct" in reply else place.without_image()
+
+
+def first_yes_or_no(answer, place):
+    said = re.search(r"\b(yes|no)\b", answer["model_prediction"].lower())
+    if said is None:
+        return place.without_image()
+    return said[1] == ("yes" if str(answer["gt_answer"]) == "1" else "no")

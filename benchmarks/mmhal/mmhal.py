@@ -1,0 +1,69 @@
+"""MMHal-Bench (Sun et al. 2023): 96 open questions of eight types, rated by a judge who sees no
+image. https://huggingface.co/datasets/Shengcao1006/MMHal-Bench; numbers as its official scorer's.
+
+    response_template.json   [{"question_type": "attribute", "question_topic": "vehicle",
+                               "image_id": "...", "image_src": "https://.../x.jpg",
+                               "image_content": ["Car"], "question": "...", "gt_answer": "...",
+                               "model_answer": ""}, ...]
+    answers                  the same, each with "model_answer"
+    judgements               texts with "Rating: 4", in answer order
+
+score: mean rating, 0 to 6. hallucination_rate: share of ratings below 3. A judgement without one
+clear rating counts as 0, as officially; protocol "symmpo" also takes a rating on the next line.
+"""
+
+import re
+
+from benchmarks.common import Question, find, image_of, need_image, percent, read
+from support.cli import UserError
+
+ITEMS, ANSWER = 96, "model_answer"
+FILES = ("mmhal-bench_with_image.jsonl",)
+OTHER_NAMES = ("response_template.json", "mmhal-bench_answer_template.json")
+COLUMNS = {"Score↑": ("score",), "Hall↓": ("hallucination_rate",)}
+
+
+def questions(folder, settings):
+    asked = []
+    for row in read(find(folder, *FILES, *OTHER_NAMES)):
+        given = row.get("image") or row.get("image_src")
+        image = need_image(image_of(folder, "images", given, settings), folder, row["question"])
+        record = {name: value for name, value in row.items() if name != "image"}
+        asked.append(Question(row["question"], image, record))
+    return asked
+
+
+def judge_messages(prompt, row):
+    return [{"role": "user", "content": prompt.substitute(row)}]
+
+
+def check_reply(text):
+    """Any text is a judgement."""
+
+
+def score(answers, folder, settings):
+    """(metrics, how texts were read)."""
+    judgements = settings.judgements or []
+    if len(answers) != ITEMS or not judgements:
+        raise UserError(
+            f"MMHal-Bench has 96 questions and no judge-free reading; here are {len(answers)} "
+            f"answers, {len(judgements)} judgements"
+        )
+    ratings = [rating(text, settings.protocol) for text in judgements]
+    low = sum(value < 3 for value in ratings)
+    by_type = [sum(ratings[first::8]) / 12 for first in range(8)]  # the types come in turns
+    metrics = {
+        "score": sum(ratings) / ITEMS,
+        "hallucination_rate": percent(low, ITEMS),
+        "score_per_type": by_type,
+    }
+    return metrics, "judge"
+
+
+def rating(text, protocol):
+    """The one rating in a judgement, else 0."""
+    text = text.lower()
+    found = set(re.findall("rating: ([0-6])", text))
+    if not found and protocol == "symmpo":
+        found = set(re.findall("rating: ?\n([0-6])", text))
+    return int(found.pop()) if len(found) == 1 else 0

@@ -1,0 +1,111 @@
+"""MMStar (Chen et al. 2024): 1,500 questions with lettered answers that cannot be told without the
+image. https://huggingface.co/datasets/Lin-Chen/MMStar; numbers as its official scorer's.
+
+    mmstar.parquet   rows {"index": 0, "question": "Which ...?\\nOptions: A: cat, B: dog, ...",
+                           "image": {...}, "answer": "B", "category": "coarse perception",
+                           "l2_category": "image scene and topic", "meta_info": {...}}
+    answers          the same without the image, each with "prediction"
+
+Six categories, eighteen sub-categories: shares of right letters. Protocol "symmpo" (the paper's)
+takes the first a to d anywhere in the answer; "official" wants the letter in its place.
+"""
+
+import re
+from collections import Counter
+from pathlib import Path
+
+from benchmarks.common import Question, find, image_of, need_fields, need_image, percent, read
+from support.cli import UserError
+
+ITEMS, ANSWER = 1500, "prediction"
+FILES = ("mmstar.parquet",)
+OTHER_NAMES = ("MMStar.parquet", "mmstar.json", "mmstar.jsonl")
+COLUMNS = {"Overall↑": ("overall",)}
+SUFFIX = {  # what is asked behind a question
+    "symmpo": "\nAnswer the question directly.",
+    "official": "\nAnswer with the option's letter from the given choices directly.",
+}
+CATEGORIES = {  # each has 250 questions, and three sub-categories
+    "coarse perception": ("image scene and topic", "image style & quality", "image emotion"),
+    "fine-grained perception": ("object counting", "recognition", "localization"),
+    "instance reasoning": (
+        "single-instance reasoning",
+        "cross-instance attribute reasoning",
+        "cross-instance relation reasoning",
+    ),
+    "logical reasoning": (
+        "code & sequence reasoning",
+        "diagram reasoning",
+        "common reasoning",
+    ),
+    "science & technology": (
+        "biology & chemistry & physics",
+        "electronics & energy & mechanical eng.",
+        "geography & earth science & agriculture",
+    ),
+    "math": ("geometry", "numeric commonsense and calculation", "statistical reasoning"),
+}
+
+
+def questions(folder, settings):
+    asked = []
+    for row in read(find(folder, *FILES, *OTHER_NAMES)):
+        prompt = row["question"] + SUFFIX[settings.protocol]
+        image = image_of(folder, "images", row.get("image"), settings)
+        record = {name: value for name, value in row.items() if name != "image"}
+        asked.append(Question(prompt, need_image(image, folder, row["question"]), record))
+    return asked
+
+
+def score(answers, folder, settings):
+    """(metrics, how texts were read)."""
+    need_fields(answers, {ANSWER: str, "answer": str, "category": str, "l2_category": str})
+    right, count = Counter(), Counter()
+    for row in answers:
+        parts = parts_of(row)
+        count.update(parts)
+        if is_right(row, settings.protocol):
+            right.update(parts)
+    size = published_sizes(folder)
+    for part in sorted(count.keys() ^ size.keys()):
+        raise UserError(f"MMStar: no answers in {part}, or no such category; all are needed")
+    metrics = {}
+    for part in size:  # officially a sub-category is divided by what was answered of it
+        whole = count[part] if "(" in part else size[part]
+        metrics[part] = percent(right[part], whole)
+    return metrics, "first letter a-d" if settings.protocol == "symmpo" else "letter in place"
+
+
+def parts_of(row):
+    """The shares in which a question counts."""
+    category = row["category"]
+    return ("overall", category, f"{category}({row['l2_category']})")
+
+
+def published_sizes(folder):
+    """{part: questions}: of the question file that is there, else of the published one."""
+    for name in (*FILES, *OTHER_NAMES):
+        if Path(folder, name).is_file():
+            size = Counter()
+            for row in read(Path(folder, name)):
+                size.update(parts_of(row))
+            return size
+    size = {"overall": ITEMS}
+    for category, inside in CATEGORIES.items():
+        size[category] = 250
+        for name in inside:
+            size[f"{category}({name})"] = None  # not needed, see `score`
+    return size
+
+
+def is_right(row, protocol):
+    """Does the prediction name the answer's letter?"""
+    answer = row["answer"].lower().strip().replace("\n", " ")
+    text = row["prediction"].lower().strip().replace("\n", " ")
+    if protocol == "symmpo":
+        found = re.search("[a-d]", text)
+        return answer == (found[0] if found else "a")
+    if not text:
+        return False
+    letter = re.match(r"(?:\(|option |the answer is )?(.?)", text)[1]
+    return answer in (text[0], letter)

@@ -1,0 +1,219 @@
+"""Object-HalBench (Rohrbach et al. 2018, as refined by RLHF-V): do descriptions name objects of
+COCO that are not in the image? https://github.com/RLHF-V/RLAIF-V (eval); numbers as its scorer's.
+
+    obj_halbench_300_with_image.jsonl   {"org_idx": 1, "image_id": 174482, "question":
+                                         "Describe ...", "image": "(base64)"}, one a line
+    annotations/*_{train,val}2014.json  COCO's instances and captions: what is there
+    synonyms_refine.txt                 "person, girl, boy, ...": COCO's objects, their names
+    answers                             {"question_id": 1, "image_id": 174482, "text": "..."}
+    judgements                          JSON lists of the objects that a judge found in an answer
+
+response_hallucination: answers with a wrong object, among those that name any (CHAIRs).
+mention_hallucination: wrong mentions among all (CHAIRi). Without a judge the answers are parsed as
+COCO's captions are ("caption mode").
+"""
+
+import json
+from collections import defaultdict
+from itertools import groupby
+from pathlib import Path
+
+from benchmarks.common import (
+    Question,
+    find,
+    image_of,
+    need_fields,
+    need_image,
+    percent,
+    read,
+    word_list,
+)
+from benchmarks.words import noun_reader, phrase_reader
+from support.cli import UserError
+
+ITEMS, ANSWER = 300, "text"
+QUESTIONS = "obj_halbench_300_with_image.jsonl"
+COCO = (
+    "annotations/instances_train2014.json",
+    "annotations/instances_val2014.json",
+    "annotations/captions_train2014.json",
+    "annotations/captions_val2014.json",
+)
+FILES = (QUESTIONS, *COCO)
+COLUMNS = {"Resp.↓": ("response_hallucination",), "Ment.↓": ("mention_hallucination",)}
+
+
+def questions(folder, settings):
+    asked = []
+    for row in read(find(folder, QUESTIONS)):
+        image = image_of(folder, "images", row.get("image"), settings)
+        record = {name: value for name, value in row.items() if name != "image"}
+        question = row["question"]
+        asked.append(Question(question, need_image(image, folder, question), record))
+    return asked
+
+
+# --- the judge ------------------------------------------------------------------------------------
+
+
+def judge_messages(prompt, row):
+    """None for an answer that is too short to list objects: it is [] unasked."""
+    if is_short(row):
+        return None
+    return [{"role": "system", "content": prompt.substitute(row)}]
+
+
+def is_short(row):
+    return len(without_speaker(row["text"]).split()) <= 3
+
+
+def without_speaker(text):
+    return text.replace("Assistant:", "")
+
+
+def check_reply(text):
+    """The phrases in a judge's JSON list, which is the reply or its last line; else ValueError."""
+    places = [text]
+    if '["' in text:
+        places.append(text.strip().split("\n")[-1])
+    for place in places:
+        try:
+            phrases = json.loads(place)
+        except ValueError:
+            continue
+        if isinstance(phrases, list) and all(isinstance(phrase, str) for phrase in phrases):
+            return phrases
+    raise ValueError(f"not a JSON list of objects: {text[:80]!r}")
+
+
+# --- scoring --------------------------------------------------------------------------------------
+
+
+def score(answers, folder, settings):
+    """(metrics, how texts were read)."""
+    need_fields(answers, {ANSWER: str, "image_id": (str, int)})
+    names = Names(folder)
+    if settings.judgements is None:
+        reading = f"no judge: caption mode, {names.reading}"
+        found = [names.in_text(without_speaker(row["text"])) for row in answers]
+    else:
+        reading = f"judge; {names.phrase_reading}"
+        found = []
+        for row, reply in zip(answers, settings.judgements):
+            found.append(names.in_phrases(listed(row, reply)))
+    mentions = sum(len(objects) for objects in found)
+    if mentions == 0:
+        raise UserError("no answer names any COCO object: there is nothing to score")
+
+    truth = true_objects(folder, {int(row["image_id"]) for row in answers}, names)
+    wrong = []  # mentions, for each answer
+    for row, objects in zip(answers, found):
+        there = truth[int(row["image_id"])]
+        wrong.append(sum(name not in there for name in objects))
+    responses = sum(len(objects) > 0 for objects in found)
+    hallucinated = sum(count > 0 for count in wrong)
+    metrics = {
+        "response_hallucination": percent(hallucinated, responses),
+        "mention_hallucination": percent(sum(wrong), mentions),
+    }
+    return metrics, reading
+
+
+def listed(row, reply):
+    """The phrases that the judge lists for an answer."""
+    if is_short(row):
+        return []
+    try:
+        return check_reply(reply)
+    except ValueError as error:
+        raise UserError(f"a judgement cannot be read, judge again: {error}") from error
+
+
+class Names:
+    """Reads COCO's objects out of texts: nouns, two-word names, synonyms."""
+
+    def __init__(self, folder):
+        try:
+            path = find(folder, "synonyms_refine.txt")
+        except UserError:
+            path = word_list("objhal", "synonyms_refine.txt")
+        self.object_of = {}  # a word -> the COCO object that it names
+        for line in path.read_text(encoding="utf-8").strip().split("\n"):
+            words = [word.strip() for word in line.split(",")]
+            self.object_of |= dict.fromkeys(words, words[0])
+        self.doubles = {word: word for word in self.object_of if " " in word}
+        self.doubles |= read(word_list("objhal", "doubles.json"))
+        self.tokens, self.reading = noun_reader(read(word_list("objhal", "lemma_table.json")))
+        table = read(word_list("objhal", "spacy_noun_lemma_table.json"))
+        self.phrase_tokens, self.phrase_reading = phrase_reader(table)
+
+    def in_text(self, text):
+        """The objects that a text names, each time that it does."""
+        names = self.merge_doubles(self.tokens(text.lower()))
+        return self.objects([name for name, _ in names])
+
+    def in_phrases(self, phrases):
+        """The objects among a judge's phrases; a name that comes twice counts once."""
+        words = []
+        for phrase in phrases:
+            words += self.names_of_phrase(self.phrase_tokens(phrase))
+        return self.objects(list(dict.fromkeys(words)))
+
+    def objects(self, words):
+        """A toilet's seat is no chair."""
+        known = [word for word in words if word in self.object_of]
+        if "toilet" in words:
+            known = [word for word in known if word != "seat"]
+        return [self.object_of[word] for word in known]
+
+    def merge_doubles(self, tokens):
+        """[(name, is it one of two words?)]: the lemmas, merged from left to right."""
+        lemmas = [lemma for lemma, _ in tokens]
+        merged, i = [], 0
+        while i < len(lemmas):
+            double = " ".join(lemmas[i : i + 2])
+            if double in self.doubles:
+                merged.append((self.doubles[double], True))
+                i += 2
+            else:
+                merged.append((lemmas[i], False))
+                i += 1
+        return merged
+
+    def names_of_phrase(self, tokens):
+        """Of a phrase the two-word names alone or, if it has none, its runs of nouns."""
+        doubles = [name for name, is_double in self.merge_doubles(tokens) if is_double]
+        if doubles:
+            return doubles
+        runs = []
+        for is_noun, run in groupby(tokens, key=lambda token: token[1]):
+            if is_noun:
+                runs.append(" ".join(lemma for lemma, _ in run))
+        return runs
+
+
+def true_objects(folder, ids, names):
+    """{image id: its objects} from gt_objects*.json, else from COCO 2014's annotations."""
+    truth = defaultdict(set)
+    given = sorted(Path(folder).glob("gt_objects*.json"))
+    if given:
+        for image, objects in read(given[0]).items():
+            truth[int(image)] = {names.object_of.get(name, name) for name in objects}
+    else:
+        for name in COCO:
+            add_coco(truth, read(find(folder, name, Path(name).name)), ids, names)
+    for image in ids - truth.keys():
+        raise UserError(f"{folder}: nothing says what is in image {image}")
+    return truth
+
+
+def add_coco(truth, coco, ids, names):
+    """The objects of one of COCO's files: its categories, or those that its captions name."""
+    categories = {c["id"]: names.object_of[c["name"]] for c in coco.get("categories", [])}
+    for note in coco["annotations"]:
+        if note["image_id"] not in ids:
+            continue
+        if categories:
+            truth[note["image_id"]].add(categories[note["category_id"]])
+        else:
+            truth[note["image_id"]].update(names.in_text(note["caption"]))

@@ -1,0 +1,80 @@
+"""report.md and report.png: the rows of metrics.json files beside the paper's rows (paper.json)."""
+
+from collections import defaultdict
+from pathlib import Path
+
+from benchmarks import BENCHMARKS
+from benchmarks.common import HERE, read
+from support.files import write_atomically
+
+
+def write(files, folder, paper=None):
+    """files: metrics.json files. paper: "7b", "13b", "none", or by the first row's model."""
+    results = [read(file) for file in files]
+    rows = defaultdict(dict)  # name -> {heading: value}
+    for result in results:
+        name = result["name"]
+        if result["reading"].startswith("no judge"):
+            name += " (no judge)"
+        rows[name] |= row_of(result)
+    headings = list(dict.fromkeys(heading for row in rows.values() for heading in row))
+    size = paper or size_of(results[0].get("model", ""))
+    rows |= read(HERE / "paper.json").get(size, {})
+
+    text = "\n".join(table(rows, headings) + [""] + made(results))
+    print(text)
+    write_atomically(Path(folder, "report.md"), text + "\n")
+    draw(rows, headings, Path(folder, "report.png"))
+
+
+def row_of(result):
+    """{"amber CHAIR↓": 7.9, ...} of one metrics.json."""
+    row = {}
+    for heading, keys in BENCHMARKS[result["benchmark"]].COLUMNS.items():
+        value = result["metrics"]
+        for key in keys:
+            value = value.get(key, {})
+        if value != {}:
+            row[f"{result['benchmark']} {heading}"] = value
+    return row
+
+
+def size_of(model):
+    """The paper's rows are those of the same base model."""
+    for size in ("13b", "7b"):
+        if f"llava-1.5-{size}" in model.lower():
+            return size
+    return "none"
+
+
+def table(rows, headings):
+    """Lines of Markdown."""
+    lines = [["model", *headings], ["---", *(["---:"] * len(headings))]]
+    for name, row in rows.items():
+        cells = [f"{row[heading]:.4g}" if heading in row else "" for heading in headings]
+        lines.append([name, *cells])
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def made(results):
+    """A line for each row: how it came about."""
+    lines = []
+    for result in results:
+        facts = [f"{name}: {value}" for name, value in result.items() if name != "metrics"]
+        lines.append("- " + "; ".join(facts))
+    return lines
+
+
+def draw(rows, headings, path):
+    """A panel of bars for each column."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    colors = colormaps["viridis"].resampled(len(rows)).colors  # readable without colour vision
+    figure = Figure(figsize=(1.6 * len(headings) + 4, 3.2), layout="constrained")
+    for axis, heading in zip(figure.subplots(1, len(headings), squeeze=False)[0], headings):
+        heights = [row.get(heading, 0) for row in rows.values()]
+        axis.bar(range(len(rows)), heights, color=colors, label=list(rows))
+        axis.set(title=heading.replace(" ", "\n"), xticks=[])
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right")
+    figure.savefig(path, dpi=110)

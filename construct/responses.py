@@ -1,0 +1,310 @@
+"""Responses anchored on captions: preference records out of pairs of images.
+
+    python -m construct.responses pairs.jsonl --out prefs.jsonl \\
+        --captioner M --policy M --writer M --writer-url http://host:8000/v1
+
+It takes records with an image, a contrast image (`python -m construct.contrast` makes them) and
+perhaps a prompt. A vision model captions both images, the model to be trained answers the prompt
+several times, and a writer sorts the claims in its answers by the caption and writes chosen,
+rejected and, anchored on the other caption, contrast_chosen. The writer is a server (--writer-url),
+captioner and policy are servers or local transformers models. Keys are read from the environment
+alone: CAPTIONER_API_KEY, POLICY_API_KEY, WRITER_API_KEY, or OPENAI_API_KEY for all. Every reply is
+on disk before it is used: the same command goes on where a killed one stopped.
+
+Departures from the paper: it names the steps but publishes neither its prompts nor sampling nor
+filters. The ones here are ours. The prompts stand in prompts/, one text a step (Jinja templates
+that see the record's fields); records carry their version.
+"""
+
+import argparse
+import functools
+import hashlib
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from construct.contrast import read_images
+from construct.review import figures, spread, template, words
+from data import IMAGES, RESPONSES
+from support.chat import ReplyLog, ask_all, chat_message, digest
+from support.cli import UserError, run_command, within
+from support.files import write_lines
+from support.images import open_image
+from vlm.generate import generate
+from vlm.load import fingerprint, load_model
+from vlm.prompts import Prompts, prompt_format
+
+VERSION = 2  # of the texts in prompts/
+SAMPLING = {
+    "captioner": {"temperature": 0.2, "max_tokens": 1024},
+    "policy": {"temperature": 1.0, "max_tokens": 512},
+    "writer": {"temperature": 0.7, "max_tokens": 4096},
+}
+LONGER = 2  # a gate: how many times as long as the other a response may be, in words
+
+
+class Question(NamedTuple):
+    text: str
+    file: str | None = None  # the image that it is about
+    hash: str | None = None  # of that file
+    repetition: int = 0  # asked more than once, it is sampled more than once
+
+    def id(self):
+        """So an image is captioned once, in however many records it occurs."""
+        return digest(self.text, (self.file, self.hash), self.repetition)
+
+
+@dataclass
+class Draft:
+    """A record in the making."""
+
+    record: dict  # as it will be written
+    images: list = field(default_factory=list)  # (file, hash): of m, then of m'
+    reason: str | None = None  # why it is set aside
+    reply: str | None = None  # the reply that was of no use
+
+
+# --- the five steps, in the order of the paper ----------------------------------------------------
+
+
+def caption(drafts, args):
+    """1. The captioner describes each image."""
+    questions = []
+    for draft in drafts:
+        text = template("captions.txt").render(draft.record)
+        questions.append([Question(text, *image) for image in draft.images])
+    for draft, replies in ask(drafts, questions, "captions", "captioner", args):
+        draft.record["captions"] = replies
+
+
+def sample(drafts, args):
+    """2. The model to be trained answers the prompt for m, several times."""
+    questions = []
+    for draft in drafts:
+        text = template("samples.txt").render(draft.record)
+        image = draft.images[0]
+        questions.append([Question(text, *image, n) for n in range(args.samples)])
+    for draft, replies in ask(drafts, questions, "samples", "policy", args):
+        draft.record["samples"] = replies
+
+
+def sort_claims(drafts, args):
+    """3. The writer sorts the claims in the samples: consistent with the caption of m, or not."""
+    questions = [[Question(template("claims.txt").render(draft.record))] for draft in drafts]
+    parse = functools.partial(json_fields, consistent=list, inconsistent=list)
+    for draft, replies in ask(drafts, questions, "claims", "writer", args, parse):
+        draft.record |= replies[0]
+
+
+def rewrite(drafts, args):
+    """4. The writer makes of them a preferred and a dispreferred response in one style."""
+    questions = [[Question(template("rewrite.txt").render(draft.record))] for draft in drafts]
+    parse = functools.partial(json_fields, chosen=str, rejected=str)
+    for draft, replies in ask(drafts, questions, "rewrite", "writer", args, parse):
+        draft.record |= replies[0]
+
+
+def anchor(drafts, args):
+    """5. The writer answers the same prompt for m', from the caption of m'."""
+    drafts = [draft for draft in drafts if len(draft.images) == 2]
+    questions = [[Question(template("anchor.txt").render(draft.record))] for draft in drafts]
+    parse = functools.partial(json_fields, contrast_chosen=str, changes=list)
+    for draft, replies in ask(drafts, questions, "anchor", "writer", args, parse):
+        draft.record |= replies[0]
+
+
+def build(args):
+    """The command: the five steps, the gates, and the files of good and bad records."""
+    root, given = read_images(args.data)
+    Path(f"{args.out}.work").mkdir(parents=True, exist_ok=True)
+    drafts = [take_in(record, root, args) for record in tqdm(given, desc="images")]
+    for step in (caption, sample, sort_claims, rewrite, anchor):
+        step([draft for draft in drafts if draft.reason is None], args)
+    for draft in drafts:
+        if draft.reason is None:
+            draft.reason = gate(draft.record)
+
+    good, bad = [], []
+    for number, draft in enumerate(drafts, 1):
+        if draft.reason is None:
+            good.append(draft.record)
+        else:
+            why = {"record": number, "reason": draft.reason, "reply": draft.reply}
+            bad.append({**draft.record, **why})
+    write_lines(args.out, good)
+    write_lines(Path(args.out).with_name("rejected_records.jsonl"), bad)
+    print(f"{args.out}: {len(good):,} records; {len(bad):,} in rejected_records.jsonl")
+    for reason, count in Counter(record["reason"] for record in bad).most_common(9):
+        print(f"    {count:,} {reason}")
+    for name, values in figures(good).items():
+        print(f"{name:32} (min, 5 %, median, 95 %, max)", *spread(values))
+
+
+def take_in(given, root, args):
+    """The draft of a given record. It is set aside if an image cannot be read, or is none of the
+    data folder's: images are sent to servers, and a record may come from anywhere."""
+    models = {role: getattr(args, role) for role in SAMPLING}
+    draft = Draft({**given, "prompts_version": VERSION, "models": models})
+    record = draft.record
+    asked = record.get("prompt") or record.get("question")
+    record["prompt"] = asked or template("question.txt").render()
+    try:
+        for name in IMAGES:
+            if not record.get(name):
+                continue
+            path = str(record[name])
+            open_image(path, root, args.allow_outside)
+            file = root / path
+            draft.images.append((str(file), hashlib.sha256(file.read_bytes()).hexdigest()))
+            record[name] = os.path.relpath(file, Path(args.out).parent)
+    except UserError as error:
+        draft.reason = f"record: {error}"
+    if not isinstance(record["prompt"], str):
+        draft.reason = "record: the prompt is not text"
+    return draft
+
+
+# --- asking ---------------------------------------------------------------------------------------
+
+
+def usable_text(text):
+    """A reply without what a reasoning model thought aloud before it; ValueError when empty."""
+    text = text.rpartition("</think>")[2].strip()
+    if not text:
+        raise ValueError("empty")
+    return text
+
+
+def json_fields(text, **kinds):
+    """The JSON object in a reply: its fields, which must be of these types and not empty.
+
+    Raises ValueError if the reply is malformed."""
+    text = text.rpartition("</think>")[2]
+    try:
+        found = json.loads(text[text.index("{") : text.rindex("}") + 1])
+        json.dumps(found, ensure_ascii=False).encode()  # half an emoji fits in no file
+    except (ValueError, RecursionError):
+        raise ValueError("no JSON object") from None
+    for key, kind in kinds.items():
+        if not isinstance(found.get(key), kind) or not str(found[key]).strip(" []"):
+            raise ValueError(f"{key!r} is missing, empty or not a {kind.__name__}")
+    return {key: found[key] for key in kinds}
+
+
+def ask(drafts, questions, step, role, args, parse=usable_text):
+    """Ask each draft's questions; yields (draft, its parsed replies) and sets the others aside.
+
+    questions: a list for each draft. Replies are kept in the step's log.
+    """
+    log = f"{args.out}.work/{step}.jsonl"
+    requests = {question.id(): question for own in questions for question in own}
+    if getattr(args, f"{role}_url"):
+        texts = dict(ask_server(requests, log, step, role, args, parse))
+    else:
+        texts = dict(answer_locally(requests, log, getattr(args, role), **SAMPLING[role]))
+    failed = {}
+    for line in Path(log).read_bytes().splitlines():
+        entry = json.loads(line)
+        if "reason" in entry:
+            failed[entry["id"]] = entry
+    for draft, own in zip(drafts, questions):
+        missing = [question.id() for question in own if texts[question.id()] is None]
+        if missing:
+            entry = failed[missing[0]]
+            draft.reason, draft.reply = f"{step}: {entry['reason']}", entry["text"]
+        else:
+            yield draft, [parse(texts[question.id()]) for question in own]
+
+
+def ask_server(requests, log, step, role, args, parse):
+    """(id, text or None) for {id: Question}, from the role's server."""
+    chats = []
+    for id, question in requests.items():
+        late = functools.partial(chat_message, question.text, question.file, args.max_side)
+        chats.append((id, late))
+    return ask_all(
+        chats,
+        log,
+        base_url=getattr(args, f"{role}_url"),
+        model=getattr(args, role),
+        concurrency=args.concurrency,
+        timeout=args.timeout,
+        check=parse,
+        desc=step,
+        key_env=f"{role.upper()}_API_KEY",
+        **SAMPLING[role],
+    )
+
+
+def answer_locally(requests, log, path, temperature, max_tokens, batch=8):
+    """The same from a transformers model. A batch is seeded by its requests, and sampled again
+    whole if a killed run left it incomplete: the same texts."""
+    model, processor = load_model(path)
+    prompts = Prompts(processor, prompt_format(model.config))
+    weights, ids = fingerprint(model), list(requests)
+    with ReplyLog(log) as kept:
+        for i in tqdm(range(0, len(ids), batch), desc=Path(log).stem, unit=" batches"):
+            here = ids[i : i + batch]
+            names = [digest(id, weights, temperature, max_tokens) for id in here]
+            if not all(kept.entries[name] for name in names):
+                questions = [requests[id] for id in here]
+                images = [open_image(question.file) for question in questions]
+                asked = [question.text for question in questions]
+                torch.manual_seed(int(names[0], 16) % 2**63)
+                texts = generate(model, prompts, asked, images, max_tokens, temperature=temperature)
+                for id, name, text in zip(here, names, texts):
+                    entry = {"id": id, "request": name, "model": path, "text": text}
+                    if not text:
+                        entry["reason"] = "malformed reply: empty"
+                    kept.append(entry)
+            for id, name in zip(here, names):
+                yield id, kept.entries[name][-1]["text"] or None
+
+
+def gate(record):
+    """Why a record is not fit for training, or None."""
+    chosen = words(record["chosen"])
+    for name in RESPONSES[1:]:
+        other = words(record.get(name, ""))
+        if chosen == other:
+            return f"gate: chosen and {name} are the same"
+        longer = max(len(chosen), len(other))
+        if name in record and longer > LONGER * min(len(chosen), len(other)):
+            return f"gate: chosen has {len(chosen)} words, {name} {len(other)}"
+    return None
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("data", help="records with image, contrast_image and perhaps prompt (.jsonl)")
+    add("--out", required=True, help="the records (.jsonl); all replies are kept in OUT.work")
+    tasks = {
+        "captioner": "describes the images",
+        "policy": "the model to be trained",
+        "writer": "sorts claims and writes responses",
+    }
+    for role, task in tasks.items():
+        add(f"--{role}", required=True, metavar="MODEL", help=task)
+        text = "its server, http://host:port/v1"
+        if role != "writer":
+            text += " (without: a local model)"
+        add(f"--{role}-url", required=role == "writer", metavar="URL", help=text)
+    add("--samples", type=within(1), default=4, help="answers of the policy (default 4)")
+    add("--max-side", type=within(1), default=1024, help="px of images sent (default 1024)")
+    add("--concurrency", type=within(1), default=8, help="requests at a time (default 8)")
+    add("--timeout", type=within(1, kind=float), default=120, help="seconds a request (120)")
+    add("--allow-outside", action="store_true", help="send images outside the data's folder, too")
+    run_command(build, parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    main()

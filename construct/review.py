@@ -1,0 +1,103 @@
+"""A page on which a person can look at preference records, before paying for training on them.
+
+    python -m construct.review prefs.jsonl --out report.html
+
+One self-contained file: images, responses with the words marked in which they differ, lengths.
+"""
+
+import argparse
+import difflib
+import functools
+import re
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from construct.contrast import read_images
+from data import RESPONSES, Records
+from support.chat import image_url
+from support.cli import run_command, within
+from support.images import open_image
+
+
+@functools.cache
+def template(name):
+    """A text of prompts/; .render(fields) fills it in."""
+    import jinja2
+
+    text = Path(__file__).with_name("prompts").joinpath(name).read_text(encoding="utf-8")
+    return jinja2.Template(text, autoescape=name.endswith(".html"), trim_blocks=True)
+
+
+def words(text):
+    return re.findall(r"[\w'-]+", text.lower())
+
+
+def figures(records):
+    """{what: its values} over the records, as far as they have the fields."""
+    found = defaultdict(list)
+    for record in records:
+        chosen = Counter(words(record["chosen"]))
+        found["chosen: words"].append(chosen.total())
+        for name in RESPONSES[1:]:
+            if name in record:
+                other = Counter(words(record[name]))
+                both = max(1, chosen.total() + other.total())
+                ratio = other.total() / max(1, chosen.total())
+                found[f"{name}: length ratio"].append(ratio)
+                found[f"{name}: word overlap"].append(2 * (chosen & other).total() / both)
+    return found
+
+
+def spread(values):
+    """What the tables show of a figure: min, 5 %, median, 95 %, max."""
+    return [f"{value:.3g}" for value in np.quantile(values, (0, 0.05, 0.5, 0.95, 1))]
+
+
+def marked(text, other):
+    """The text in parts: (words, whether the other text has others there)."""
+    a, b = text.split(), other.split()
+    moves = difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes()
+    return [(" ".join(a[i:j]), tag != "equal") for tag, i, j, _, _ in moves if i < j]
+
+
+def review(args):
+    """Write the page, with at most `limit` records, evenly spread over the file."""
+    root, given = read_images(args.data)
+    records = [{**raw, **record} for raw, record in zip(given, Records(args.data))]
+    step = max(1, -(-len(records) // args.limit))  # rounded up
+    shown = list(enumerate(records, 1))[::step]
+    what = f"{len(shown):,} of {len(records):,} records"
+
+    def picture(image):
+        return image_url(open_image(image, root, args.allow_outside), max_side=480)
+
+    page = template("report.html").render(
+        title=f"{Path(args.data).name}: {what}",
+        figures=figures,
+        spread=spread,
+        marked=marked,
+        everything=records,
+        records=tqdm(shown, desc="report"),
+        picture=picture,
+    )
+    Path(args.out).write_text(page, encoding="utf-8")
+    print(f"{args.out}: {what}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("data", help="prefs.jsonl")
+    add("--out", required=True, help="the page (.html)")
+    add("--limit", type=within(1), default=100, help="records shown (default 100)")
+    add("--allow-outside", action="store_true", help="show images outside the data's folder, too")
+    run_command(review, parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    main()

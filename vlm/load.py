@@ -1,0 +1,170 @@
+"""Models from a folder or the hub, and the LoRA adapters on them.
+
+transformers and peft take seconds to import: that happens in the functions that need them.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import warnings
+from pathlib import Path
+
+import torch
+
+from support.cli import UserError
+from vlm.logprobs import decoder
+
+OLDEST = {"torch": (2, 11), "transformers": (5, 17), "peft": (0, 21)}  # that the tests pass with
+
+
+def check_versions():
+    """Refuse packages that are older than what this code was tried with."""
+    for name, oldest in OLDEST.items():
+        version = importlib.metadata.version(name)
+        major, minor = version.split(".")[:2]
+        if (int(major), int(minor)) < oldest:
+            raise UserError(
+                f"{name} {version} is older than {oldest[0]}.{oldest[1]}, the oldest that SymMPO "
+                "runs with: pip install -r requirements.txt"
+            )
+
+
+def load_processor(path):
+    """(config, processor) of a vision-language model."""
+    from transformers import AutoConfig, AutoProcessor
+
+    check_versions()
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds
+        raise UserError(
+            f"{path}: no vision-language model could be read there: {first_line(error)}"
+        ) from error
+    if not hasattr(processor, "tokenizer"):
+        raise UserError(f"{path}: a text model, its processor takes no images")
+    if getattr(processor, "patch_size", 0) is None:
+        # Saved years ago, without what decides the number of image tokens (575 against 576).
+        processor.patch_size = config.vision_config.patch_size
+        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+        processor.num_additional_image_tokens = 1  # CLIP's class token
+    return config, processor
+
+
+def load_model(path, device=None, dtype=None, four_bit=False):
+    """(model, processor), in eval mode.
+
+    device: CUDA when there is one, if not given. dtype: bfloat16 on CUDA and float32 elsewhere, if
+    not given. four_bit: linear layers in NF4.
+    Raises UserError for a folder or name without a model, or packages that are too old.
+    """
+    from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+
+    _, processor = load_processor(path)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype is None:
+        dtype = torch.bfloat16 if str(device).startswith("cuda") else torch.float32
+    try:
+        quantization = None
+        if four_bit:
+            quantization = BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+            )
+        model = AutoModelForImageTextToText.from_pretrained(
+            path,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            trust_remote_code=False,
+            quantization_config=quantization,
+            device_map={"": device},
+        )
+    except Exception as error:  # transformers raises many kinds
+        raise UserError(f"{path}: the model cannot be loaded: {first_line(error)}") from error
+    return model, processor
+
+
+def load_adapter(model, folder):
+    """The model with a PEFT adapter, in eval mode.
+
+    Refuses an adapter that train.py made for another base: run.json beside it has the fingerprint.
+    """
+    from peft import PeftModel
+
+    try:
+        made = Path(folder, "run.json")
+        if made.is_file():
+            made = json.loads(made.read_text())
+            same_dtype = made["dtype"] == str(model.dtype).removeprefix("torch.")
+            if same_dtype and made["base"] != fingerprint(model):
+                raise UserError(f"it is for another base model, {made['model']}")
+        return PeftModel.from_pretrained(model, folder).eval()
+    except Exception as error:  # JSON, PEFT and safetensors have a kind each
+        raise UserError(f"{folder}: the adapter cannot be loaded: {first_line(error)}") from error
+
+
+def add_lora(model, rank, alpha, dropout=0.0, grad_checkpointing=False):
+    """Trainable LoRA on every linear layer of the language model, and on nothing else.
+
+    By full path, since suffixes alone (q_proj) would match the vision tower, too.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    language_model = decoder(model)
+    path = next(name for name, module in model.named_modules() if module is language_model)
+    layers = {
+        name.split(".")[-1]
+        for name, module in language_model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=rf"{path}\..*\.({'|'.join(sorted(layers))})",
+        task_type="CAUSAL_LM",
+    )
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT's use
+    policy = get_peft_model(model.requires_grad_(False), config)
+    trained = [name for name, p in policy.named_parameters() if p.requires_grad]
+    assert trained and all(f"{path}." in name for name in trained), "adapters in a wrong place"
+    if grad_checkpointing:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+    return policy.train()  # checkpointing is off in eval mode; dropout is 0 unless asked for
+
+
+def fingerprint(model):
+    """A hash of the weights, from 4,096 values of each tensor; another one for each dtype."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, p in sorted(model.named_parameters()):
+        sample = p.detach().flatten()[:: max(1, p.numel() // 4096)].float().cpu()
+        digest.update(f"{name} {tuple(p.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def config_hash(model):
+    """A short hash of the model's configuration."""
+    config = model.config.to_json_string().encode()
+    return hashlib.blake2b(config, digest_size=4).hexdigest()
+
+
+def load_encoder(path):
+    """(model in fp32, its image processor) of an image encoder: CLIP, SigLIP, or a LLaVA."""
+    from transformers import AutoModel, AutoProcessor
+
+    check_versions()
+    try:
+        model = AutoModel.from_pretrained(path, trust_remote_code=False).float()
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+        image_processor = processor.image_processor
+    except Exception as error:  # transformers raises many kinds
+        raise UserError(
+            f"{path}: not an image encoder (CLIP, SigLIP, LLaVA): {first_line(error)}"
+        ) from error
+    model = model.requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
+    return model, image_processor
+
+
+def first_line(error):
+    """Of a message that may be a page long."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,0 +1,266 @@
+"""log pi(y | m, x) for every response of a record: the simple way, and the same numbers for a third
+of the work.
+
+A `Row` is one image with its prompt, and the responses asked of it. For a SymMPO record:
+
+    row of m     [ image m,  prompt ]  ->  y_w   y_l   y'_w
+    row of m'    [ image m', prompt ]  ->  y'_w  y_w
+
+`plain_logps` runs each response as a sequence of its own, behind its own copy of the prefix (576
+image tokens, for LLaVA). `packed_logps` runs the prefix once and puts all responses behind it:
+
+    position ids    0 1 2 3 | 4 5 6 | 4 5 | 4 5 6
+    tokens          prefix  | y_w   | y_l | y'_w            every response starts at position 4
+    branch          0 0 0 0 | 1 1 1 | 2 2 | 3 3 3
+
+    who sees whom   prefix  y_w  y_l  y'_w                  (row: query, column: key; \\ is causal)
+        prefix        \\
+        y_w           #       \\
+        y_l           #            \\
+        y'_w          #                  \\
+
+Exact for models with plain causal attention and one position per token (see PACKABLE).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from support.cli import UserError
+
+PACKABLE = ("llava", "llava_next", "llava_onevision", "idefics3", "smolvlm", "internvl")
+CHUNK = 128  # positions whose logits exist at the same time
+
+
+@dataclass
+class Row:
+    inputs: dict  # the processor's tensors for image and prompt, batch dimension 1
+    responses: list  # of LongTensors, end token included
+    cells: list  # for each response its (image, response) cell in the table
+    record: int = 0  # which record of the micro-batch, the last dimension of the table
+    source: str = ""  # "prefs.jsonl:7", for messages
+    features: torch.Tensor | None = None  # of the image, where they are computed already
+
+    def longest(self):
+        """Tokens of its longest plain sequence."""
+        return self.inputs["input_ids"].shape[1] + max(len(y) for y in self.responses)
+
+    def tokens(self):
+        """Tokens that it takes packed."""
+        return self.inputs["input_ids"].shape[1] + sum(len(y) for y in self.responses)
+
+
+def logp_table(model, rows, records, packed=True, tokens_per_forward=0):
+    """(3, 3, records) fp32 log-probabilities in nats; NaN in the cells that no row asks for.
+
+    packed: rows go into one forward pass while they fit into tokens_per_forward; with 0 each row
+    has its own, which is best on a CPU.
+    """
+    table = torch.full((3, 3, records), math.nan, device=base_model(model).device)
+    for group in groups_of(rows, tokens_per_forward):
+        logps = packed_logps(model, group) if packed else plain_logps(model, group)
+        sums = torch.stack([logp.sum() for logp in logps])
+        cells = [(*cell, row.record) for row in group for cell in row.cells]
+        image, response, record = torch.tensor(cells, device=table.device).T
+        table = table.index_put((image, response, record), sums)
+    return table
+
+
+def response_lengths(rows, records):
+    """(3, records) tokens of each response, end token included; NaN where no row has it."""
+    lengths = torch.full((3, records), math.nan)
+    for row in rows:
+        for (_, response), tokens in zip(row.cells, row.responses, strict=True):
+            lengths[response, row.record] = len(tokens)
+    return lengths
+
+
+def groups_of(rows, tokens_per_forward):
+    """Consecutive rows, as many at a time as fit."""
+    group, size = [], 0
+    for row in rows:
+        if group and size + row.tokens() > tokens_per_forward:
+            yield group
+            group, size = [], 0
+        group.append(row)
+        size += row.tokens()
+    yield group
+
+
+# --- the simple way ------------------------------------------------------------------------------
+
+
+def plain_logps(model, rows):
+    """Per-token log-probs (fp32) of every response, from a right-padded batch for each row.
+
+    The tests' oracle, and the way of the families that cannot be packed.
+    """
+    device = base_model(model).device
+    logps = []
+    for row in rows:
+        n = len(row.responses)
+        responses = pad_sequence(row.responses, batch_first=True)  # (n, longest)
+        real = pad_sequence([torch.ones_like(y) for y in row.responses], batch_first=True)
+
+        inputs = {}
+        for name, tensor in row.inputs.items():
+            inputs[name] = tensor.repeat(n, *[1] * (tensor.dim() - 1))  # once for each response
+        behind_the_prompt = {
+            "input_ids": responses,
+            "attention_mask": real,
+            "token_type_ids": torch.zeros_like(responses),  # Gemma 3: 0 is text
+            "mm_token_type_ids": torch.zeros_like(responses),  # Qwen2-VL: 0 is text
+        }
+        for name in inputs.keys() & behind_the_prompt.keys():
+            inputs[name] = torch.cat([inputs[name], behind_the_prompt[name]], dim=1)
+        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+
+        # Position t predicts token t + 1: the logits of the prompt's last token and all behind it.
+        keep = responses.shape[1] + 1
+        logits = model(**inputs, use_cache=False, logits_to_keep=keep).logits[:, :-1]
+        all_logps = logits.float().log_softmax(-1)
+        picked = all_logps.gather(2, responses.to(device)[:, :, None])[:, :, 0]  # (n, longest)
+        logps += [picked[k, : len(y)] for k, y in enumerate(row.responses)]
+    return logps
+
+
+# --- packed --------------------------------------------------------------------------------------
+
+
+def packed_logps(model, rows):
+    """The same numbers from one sequence that holds all rows, each prefix once (picture above)."""
+    ids, position, row_of, branch = [], [], [], []  # one entry for each token of the sequence
+    predicting, targets = [], []  # the places that predict a response token, and these tokens
+
+    def append(tokens, first_position, number, k):
+        ids.extend(tokens)
+        position.extend(range(first_position, first_position + len(tokens)))
+        row_of.extend([number] * len(tokens))
+        branch.extend([k] * len(tokens))
+
+    for number, row in enumerate(rows):
+        prefix = row.inputs["input_ids"][0].tolist()
+        append(prefix, 0, number, 0)
+        end_of_prefix = len(ids) - 1
+        for k, response in enumerate(row.responses, start=1):
+            start = len(ids)
+            response = response.tolist()
+            append(response[:-1], len(prefix), number, k)  # the last token predicts nothing
+            predicting += [end_of_prefix, *range(start, len(ids))]
+            targets += response
+
+    base = base_model(model)
+    ids, position, row_of, branch, predicting, targets = (
+        torch.tensor(numbers, device=base.device)
+        for numbers in (ids, position, row_of, branch, predicting, targets)
+    )
+    embeds = embed(model, rows, ids)
+    hidden = decoder(model)(
+        inputs_embeds=embeds,
+        position_ids=position[None],
+        attention_mask=branch_mask(row_of, branch, embeds.dtype),
+        use_cache=False,
+    ).last_hidden_state[0]  # (tokens, width)
+    logps = TokenLogProbs.apply(hidden[predicting], targets, base.get_output_embeddings())
+    return logps.split([len(response) for row in rows for response in row.responses])
+
+
+def branch_mask(row_of, branch, dtype=torch.float32):
+    """(1, 1, tokens, tokens): 0 where a query may see a key, else -inf.
+
+    None for a single response, where causal attention is right and has the faster kernel. Not a
+    boolean mask: attention would make such a float copy of it in every layer, and keep it.
+    """
+    if row_of[-1] == 0 and branch[-1] <= 1:
+        return None
+    query_row, key_row = row_of[:, None], row_of[None, :]
+    query_branch, key_branch = branch[:, None], branch[None, :]
+    earlier = torch.ones(len(branch), len(branch), dtype=torch.bool, device=branch.device).tril()
+    same_row = query_row == key_row
+    prefix_or_own_response = (key_branch == 0) | (key_branch == query_branch)
+    visible = earlier & same_row & prefix_or_own_response
+    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, -math.inf)[None, None]
+
+
+class TokenLogProbs(torch.autograd.Function):
+    """log p(target) from hidden states (T, width), without keeping (T, vocabulary) logits.
+
+    Autograd would keep the logits for the backward pass: 32,000 floats a token. But their gradient
+    is short, and can be taken while a chunk's logits are there. With logits = W h, W the frozen
+    head,
+        log p(y) = (W h)[y] - logsumexp(W h)     d log p(y) / dh = W[y] - softmax(W h) W
+    which is `width` floats a token.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, targets, head):
+        logps, gradients = [], []
+        for h, y in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
+            logp = head(h).float().log_softmax(-1)  # (chunk, vocabulary)
+            logps.append(logp.gather(1, y[:, None])[:, 0])
+            if ctx.needs_input_grad[0]:
+                gradients.append(head.weight[y] - logp.exp().to(h.dtype) @ head.weight)
+        if gradients:
+            ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(logps)
+
+    @staticmethod
+    def backward(ctx, grad_logps):
+        (gradients,) = ctx.saved_tensors
+        return grad_logps[:, None].to(gradients.dtype) * gradients, None, None
+
+
+# --- images, and the parts of a model ------------------------------------------------------------
+
+
+def embed(model, rows, ids):
+    """Token embeddings (1, tokens, width), with the image features in place of image tokens."""
+    base = base_model(model)
+    embeds = base.get_input_embeddings()(ids)  # (tokens, width)
+    add_image_features(model, rows)
+    features = [row.features for row in rows if row.features is not None]
+    if features:
+        is_image = (ids == base.config.image_token_id)[:, None]
+        embeds = embeds.masked_scatter(is_image, torch.cat(features).to(embeds.dtype))
+    return embeds[None]
+
+
+def add_image_features(model, rows):
+    """Compute what is missing of `row.features`. The vision tower is frozen, so whoever calls this
+    on rows before asking for several tables runs it once for all of them."""
+    for row in rows:
+        if row.features is None and "pixel_values" in row.inputs:
+            row.features = image_features(model, row)
+
+
+@torch.no_grad()
+def image_features(model, row):
+    """(image tokens, width) from the frozen vision tower, for the image tokens in the prompt."""
+    base = base_model(model)
+    images = {}
+    for name, tensor in row.inputs.items():
+        if name not in ("input_ids", "attention_mask"):
+            dtype = base.dtype if tensor.is_floating_point() else None
+            images[name] = tensor.to(base.device, dtype)
+    found = base.get_image_features(**images, return_dict=True).pooler_output
+    features = torch.cat([image.flatten(0, -2) for image in found])
+    wanted = int((row.inputs["input_ids"] == base.config.image_token_id).sum())
+    if wanted != len(features):
+        raise UserError(
+            f"{row.source}: {wanted} image tokens in the prompt, {len(features)} features from the "
+            "vision tower: processor and model do not fit (patch_size, "
+            "num_additional_image_tokens, vision_feature_select_strategy)"
+        )
+    return features
+
+
+def base_model(model):
+    """The transformers model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def decoder(model):
+    """The language model inside a vision-language model."""
+    return base_model(model).get_decoder()

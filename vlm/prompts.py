@@ -1,0 +1,125 @@
+"""How a model is spoken to: a prompt or a response in, token ids out.
+
+Prompt and response are tokenised separately, so that a response has the same tokens whatever
+stands before it. Special tokens inside user text are broken up ("</s>" -> "< /s>"): data cannot end
+a turn.
+"""
+
+import re
+
+from support.cli import UserError
+
+VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant "
+    "gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+def prompt_format(config, requested="auto"):
+    """The form in which a model was trained: "vicuna", or "chat" for the processor's own template.
+
+    LLaVA-1.5, a llava over a llama, had the Vicuna sentence, which its published template lacks.
+    """
+    if requested != "auto":
+        return requested
+    is_llava15 = config.model_type == "llava" and config.text_config.model_type == "llama"
+    return "vicuna" if is_llava15 else "chat"
+
+
+class Prompts:
+    """A processor together with the format in which its model was trained."""
+
+    def __init__(self, processor, form):
+        self.processor, self.tokenizer, self.form = processor, processor.tokenizer, form
+        self.special = {*self.tokenizer.all_special_tokens, *self.tokenizer.get_added_vocab()}
+        # SentencePiece writes a space before the first word by itself.
+        self.adds_space = self.tokenizer.tokenize("a")[0].startswith("▁")
+        self.separator, self.end_token = self._around_a_response()
+
+    def encode(self, prompts, images=None):
+        """The model's input tensors for prompts, left-padded, each behind its PIL image or none."""
+        texts = [self.render(prompt, with_image=images is not None) for prompt in prompts]
+        return dict(
+            self.processor(
+                text=texts,
+                images=None if images is None else [[image] for image in images],
+                padding=True,
+                padding_side="left",
+                add_special_tokens=False,
+                return_tensors="pt",
+            )
+        )
+
+    def encode_response(self, text):
+        """The response's token ids, with the one end token that is trained on."""
+        text = self.separator + self.plain(text)
+        return self.tokenizer(text, add_special_tokens=False).input_ids + [self.end_token]
+
+    def render(self, prompt, with_image=True):
+        """The prompt as text, from BOS to where the response begins."""
+        prompt = self.plain(prompt)
+        if self.form == "vicuna":
+            image = f"{self.processor.image_token}\n" if with_image else ""
+            text = f"{VICUNA} USER: {image}{prompt} ASSISTANT:"
+        else:
+            content = [{"type": "text", "text": prompt}]
+            if with_image:
+                content.insert(0, {"type": "image"})
+            text = self._chat([{"role": "user", "content": content}], add_generation_prompt=True)
+        if self.adds_space:
+            text = text.rstrip(" ")  # the response brings its own
+        bos = self.tokenizer.bos_token or ""
+        return bos + text.removeprefix(bos)  # exactly one, whether or not the template has it
+
+    def plain(self, text):
+        """User text in which no special token can act as one. An "<image>" on the first or last
+        line, as LLaVA's records have it, goes: the format brings its own."""
+        text = re.sub(r"^\s*<image>\s*\n|\n\s*<image>\s*$", "", text)
+        for token in sorted({*self.special, "<image>"}, key=len, reverse=True):
+            if len(token.strip()) > 1:
+                text = text.replace(token, f"{token[0]} {token[1:]}")
+        return text
+
+    def _around_a_response(self):
+        """(text before a response, id of the token that ends it), read off a rendered conversation:
+        templates end a turn with <|im_end|>, <end_of_turn>, or nothing."""
+        before, after = " ", ""
+        if self.form == "chat":
+            question = {"role": "user", "content": [{"type": "text", "text": "Q"}]}
+            answer = {"role": "assistant", "content": [{"type": "text", "text": "RESPONSE"}]}
+            start = self._chat([question], add_generation_prompt=True)
+            whole = self._chat([question, answer])
+            if whole.startswith(start):
+                before, _, after = whole[len(start) :].partition("RESPONSE")
+            else:
+                before = ""
+        if self.adds_space:
+            before = before.removesuffix(" ")
+
+        special_ids = {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}
+        for token in self.tokenizer(after, add_special_tokens=False).input_ids:
+            if token in special_ids:
+                return before, token
+        return before, self.tokenizer.eos_token_id
+
+    def _chat(self, turns, **options):
+        try:
+            return self.processor.apply_chat_template(turns, tokenize=False, **options)
+        except ValueError as error:
+            raise UserError(
+                f"no chat template in the model (try --prompt-format vicuna): {error}"
+            ) from error
+
+    def describe(self, row):
+        """A row for a person to read: the prompt's text, and the labels decoded."""
+        ids = row.inputs["input_ids"][0].tolist()
+        image = self.tokenizer.convert_tokens_to_ids(self.processor.image_token)
+        shown = [t for k, t in enumerate(ids) if not (k > 0 and t == image == ids[k - 1])]
+        lines = [
+            f"prompt ({self.form}, {len(ids)} tokens, {ids.count(image)} of them image, "
+            "shown as one):",
+            f"  {self.tokenizer.decode(shown)!r}",
+        ]
+        for label in row.responses:
+            lines.append(f"label ({len(label)} tokens): {self.tokenizer.decode(label)!r}")
+        return "\n".join(lines)
