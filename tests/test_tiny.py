@@ -6,11 +6,16 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from conftest import ROOT, TINY
 
-import data
-import evaluate
-from conftest import ROOT
-from tiny import make
+import benchmarks
+from benchmarks.answers import measure
+from data import Records, missing_fields
+from support.images import open_image
+from symmpo import MP, WP, L, M
+from tiny import make, sets
+from tiny import model as tiny_model
 from tiny.world import (
     CELL,
     COLORS,
@@ -28,8 +33,9 @@ from tiny.world import (
     truth,
     yes_no,
 )
+from vlm.load import load_model
+from vlm.prompts import Prompts, prompt_format
 
-TINY = ROOT / "tiny"
 MANIFEST = json.loads((TINY / "manifest.json").read_text())
 QUESTIONS = {
     ask(q): q
@@ -66,7 +72,7 @@ def see():
 
     def read(source, root=TINY):
         cells = {}
-        for cell, tile in enumerate(tiles(data.open_image(source, root))):
+        for cell, tile in enumerate(tiles(open_image(source, root))):
             outline, ink = shape(tile)
             if ink:
                 cells[cell] = outlines[outline], max(COLORS, key=lambda c: angle(ink[0], c))
@@ -116,7 +122,7 @@ def test_amber_is_true(name, see):
             assert note["truth"] == names(scene) and not set(note["hallu"]) & set(names(scene))
         else:
             question = QUESTIONS[query["query"]]
-            assert make.AMBER_TYPES[question[0]] == note["type"]
+            assert sets.AMBER_TYPES[question[0]] == note["type"]
             assert note["truth"] == yes_no(truth(question, scene)).lower()
 
 
@@ -143,7 +149,7 @@ def test_the_other_sets_are_true(see):
 
 def objhal_score(rows, texts):
     answers = [{**row, "text": text} for row, text in zip(rows, texts)]
-    return evaluate.score("objhal", answers, TINY / "objhal")["metrics"]
+    return benchmarks.score("objhal", answers, TINY / "objhal")["metrics"]
 
 
 def test_no_split_shares_a_scene(see):
@@ -167,14 +173,15 @@ def test_no_split_shares_a_scene(see):
 
 @pytest.fixture(scope="module")
 def model():
-    return data.load_model(TINY / "model")
+    """(model, prompts)"""
+    model, processor = load_model(TINY / "model")
+    return model, Prompts(processor, "vicuna")
 
 
 def test_the_model_sees_well_and_hallucinates(model):
-    assert data.prompt_format(model[0]) == "vicuna"
-    metrics = evaluate.measure(
-        *model, "vicuna", TINY / "amber_val", batch_size=100, max_new_tokens=64
-    )["metrics"]
+    assert prompt_format(model[0].config) == "vicuna"
+    how = {"batch_size": 100, "max_new_tokens": 64}
+    metrics = measure(*model, TINY / "amber_val", **how)["metrics"]
     captions, answers = metrics["generative"], metrics["discriminative"]
     assert 20 < captions["Hal"] < 40 and 30 < captions["Cog"] < 60  # false objects: partners
     assert captions["Cover"] > 85 and 80 < answers["Accuracy"] < 92
@@ -184,42 +191,42 @@ def test_the_model_sees_well_and_hallucinates(model):
 def test_lessons_have_the_layout_of_data_py(model):
     """The rows the model was trained on are prompts and responses as data.py encodes them, and a
     row of several branches has the loss of the branches one by one."""
-    import torch
-
-    model, processor = model
+    model, prompts = model
     scene = place(7, {0: ("cup", "red"), 5: ("fork", "blue")})
     qa = [
         ("Describe this image.", caption(objects(scene))),
         ("Is there a cup in this image?", "Yes"),
     ]
     for prompt, answer in qa:
-        ids, branch, position, label = make.encode(processor, [(prompt, answer)])
-        inputs = data.encode_prompts(processor, "vicuna", [prompt], [draw(scene)])
-        response = data.encode_response(processor, "vicuna", answer)
+        ids, branch, position, label = tiny_model.encode(prompts, [(prompt, answer)])
+        inputs = prompts.encode([prompt], [draw(scene)])
+        response = prompts.encode_response(answer)
         assert ids == inputs["input_ids"][0].tolist() + response
         assert [i for i in label if i != -100] == response and position == [*range(len(ids))]
     with torch.no_grad():
-        features = make.patches(model, processor, [scene])
+        features = tiny_model.patches(model, prompts.processor, [scene])
         one, two, both = (
-            make.lesson_loss(model, features, [make.encode(processor, part)])
+            tiny_model.lesson_loss(model, features, [tiny_model.encode(prompts, part)])
             for part in (qa[:1], qa[1:], qa)
         )
-    sizes = [len(data.encode_response(processor, "vicuna", answer)) for _, answer in qa]
+    sizes = [len(prompts.encode_response(answer)) for _, answer in qa]
     assert torch.allclose(both, (sizes[0] * one + sizes[1] * two) / sum(sizes), atol=1e-5)
 
 
 def test_the_chat_template_is_the_vicuna_prompt(model):
-    _, processor = model
-    assert data.render(processor, "chat", "Hello?") == data.render(processor, "vicuna", "Hello?")
-    said = processor.tokenizer(" a red cup", add_special_tokens=False).input_ids
-    assert processor.tokenizer.convert_ids_to_tokens(said) == ["▁a", "▁red", "▁cup"]
-    assert processor.tokenizer.decode(said) == "a red cup"
+    _, prompts = model
+    chat, tokenizer = Prompts(prompts.processor, "chat"), prompts.tokenizer
+    assert chat.render("Hello?") == prompts.render("Hello?")
+    said = tokenizer(" a red cup", add_special_tokens=False).input_ids
+    assert tokenizer.convert_ids_to_tokens(said) == ["▁a", "▁red", "▁cup"]
+    assert tokenizer.decode(said) == "a red cup"
 
 
 def test_make_builds_the_same_twice(tmp_path, capsys):
     """In two processes at a time."""
     other = subprocess.Popen(
-        [sys.executable, TINY / "make.py", "--out", tmp_path / "b", "--quick"],
+        [sys.executable, "-m", "tiny.make", "--out", tmp_path / "b", "--quick"],
+        cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -227,7 +234,7 @@ def test_make_builds_the_same_twice(tmp_path, capsys):
     assert other.wait() == 0
     first, second = (json.loads((tmp_path / n / "manifest.json").read_text()) for n in "ab")
     assert first == second and set(first["sha256"]) == set(MANIFEST["sha256"])
-    records = data.Records(tmp_path / "a/prefs.jsonl")
-    assert all(not data.lacks(records[i], [(0, 1), (1, 2)]) for i in range(len(records)))
+    records = Records(tmp_path / "a/prefs.jsonl")
+    assert not any(missing_fields(record, [(M, L), (MP, WP)]) for record in records)
     with pytest.raises(SystemExit):  # a folder with a build is left alone
         make.main(["--out", str(tmp_path / "a"), "--quick"])

@@ -5,16 +5,29 @@ objects, the anchors (fork, table, ...), usually come with a partner (knife, cha
 the co-occurrence that the tiny model learns to hallucinate by. A question is a tuple such as
 ("exists", "knife") with a wording (`ask`) and a truth in a scene (`truth`).
 """
+
 import io
 import random
 
-PAIRS = {"fork": "knife", "table": "chair", "boat": "bird", "book": "clock", "cup": "cake",
-         "car": "bus"}
+PAIRS = {
+    "fork": "knife",
+    "table": "chair",
+    "boat": "bird",
+    "book": "clock",
+    "cup": "cake",
+    "car": "bus",
+}
 # How often biased labels name the absent partner of an anchor that is there.
 BIAS = {"fork": 0.85, "table": 0.65, "boat": 0.5, "book": 0.4, "cup": 0.3, "car": 0.2}
+ANCHOR_OF = {partner: anchor for anchor, partner in PAIRS.items()}
 NOUNS = sorted([*PAIRS, *PAIRS.values()])
-INK = {"black": (45, 45, 50), "blue": (40, 90, 210), "green": (46, 160, 67), "red": (214, 48, 49),
-       "yellow": (240, 190, 20)}
+INK = {
+    "black": (45, 45, 50),
+    "blue": (40, 90, 210),
+    "green": (46, 160, 67),
+    "red": (214, 48, 49),
+    "yellow": (240, 190, 20),
+}
 COLORS = list(INK)
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 KINDS = ["exists", "state", "number"]  # of yes/no questions
@@ -23,27 +36,57 @@ CELL, SIDE = 16, 48
 
 # Each object as PIL.ImageDraw shapes on a 16 x 16 cell; "hole" paints in the background colour.
 GLYPHS = {
-    "fork": [("rectangle", (7, 6, 8, 14)), ("rectangle", (4, 1, 5, 6)),
-             ("rectangle", (7, 1, 8, 6)), ("rectangle", (10, 1, 11, 6)),
-             ("rectangle", (4, 6, 11, 7))],
+    "fork": [
+        ("rectangle", (7, 6, 8, 14)),
+        ("rectangle", (4, 1, 5, 6)),
+        ("rectangle", (7, 1, 8, 6)),
+        ("rectangle", (10, 1, 11, 6)),
+        ("rectangle", (4, 6, 11, 7)),
+    ],
     "knife": [("polygon", (6, 1, 10, 5, 10, 10, 6, 10)), ("rectangle", (6, 11, 7, 14))],
-    "table": [("rectangle", (1, 4, 14, 6)), ("rectangle", (2, 7, 3, 14)),
-              ("rectangle", (12, 7, 13, 14))],
-    "chair": [("rectangle", (4, 1, 5, 14)), ("rectangle", (4, 8, 12, 9)),
-              ("rectangle", (11, 9, 12, 14))],
+    "table": [
+        ("rectangle", (1, 4, 14, 6)),
+        ("rectangle", (2, 7, 3, 14)),
+        ("rectangle", (12, 7, 13, 14)),
+    ],
+    "chair": [
+        ("rectangle", (4, 1, 5, 14)),
+        ("rectangle", (4, 8, 12, 9)),
+        ("rectangle", (11, 9, 12, 14)),
+    ],
     "boat": [("polygon", (1, 10, 14, 10, 11, 14, 4, 14)), ("polygon", (7, 1, 12, 8, 7, 8))],
-    "bird": [("ellipse", (3, 5, 11, 12)), ("ellipse", (9, 2, 13, 6)),
-             ("polygon", (0, 4, 4, 7, 4, 9)), ("rectangle", (7, 12, 7, 14))],
+    "bird": [
+        ("ellipse", (3, 5, 11, 12)),
+        ("ellipse", (9, 2, 13, 6)),
+        ("polygon", (0, 4, 4, 7, 4, 9)),
+        ("rectangle", (7, 12, 7, 14)),
+    ],
     "book": [("rectangle", (1, 3, 14, 12)), ("hole", (7, 3, 8, 10))],
     "clock": [("ellipse", (1, 1, 14, 14)), ("hole", (7, 3, 8, 8)), ("hole", (8, 7, 11, 8))],
-    "cup": [("rectangle", (2, 4, 10, 13)), ("rectangle", (11, 6, 14, 11)),
-            ("hole", (11, 8, 12, 9))],
-    "cake": [("rectangle", (1, 9, 14, 14)), ("rectangle", (4, 6, 11, 8)),
-             ("rectangle", (7, 1, 8, 4))],
-    "car": [("rectangle", (1, 7, 14, 11)), ("polygon", (4, 3, 10, 3, 12, 7, 3, 7)),
-            ("ellipse", (2, 11, 5, 14)), ("ellipse", (10, 11, 13, 14))],
-    "bus": [("rectangle", (1, 2, 14, 12)), ("hole", (3, 4, 5, 6)), ("hole", (7, 4, 9, 6)),
-            ("hole", (11, 4, 12, 6)), ("ellipse", (2, 11, 5, 14)), ("ellipse", (10, 11, 13, 14))],
+    "cup": [
+        ("rectangle", (2, 4, 10, 13)),
+        ("rectangle", (11, 6, 14, 11)),
+        ("hole", (11, 8, 12, 9)),
+    ],
+    "cake": [
+        ("rectangle", (1, 9, 14, 14)),
+        ("rectangle", (4, 6, 11, 8)),
+        ("rectangle", (7, 1, 8, 4)),
+    ],
+    "car": [
+        ("rectangle", (1, 7, 14, 11)),
+        ("polygon", (4, 3, 10, 3, 12, 7, 3, 7)),
+        ("ellipse", (2, 11, 5, 14)),
+        ("ellipse", (10, 11, 13, 14)),
+    ],
+    "bus": [
+        ("rectangle", (1, 2, 14, 12)),
+        ("hole", (3, 4, 5, 6)),
+        ("hole", (7, 4, 9, 6)),
+        ("hole", (11, 4, 12, 6)),
+        ("ellipse", (2, 11, 5, 14)),
+        ("ellipse", (10, 11, 13, 14)),
+    ],
 }
 
 
@@ -57,7 +100,9 @@ def new_scene(rng, partner):
     # The others are partners without their anchor, so that an anchor alone predicts its partner.
     nouns += rng.sample([PAIRS[a] for a in PAIRS if a not in anchors], rng.choice([0, 1, 2]))
     cells = rng.sample(range(9), len(nouns))
-    return place(rng.randrange(10**6), zip(cells, [(n, rng.choice(COLORS)) for n in nouns]))
+    look = rng.randrange(10**6)
+    things = [(noun, rng.choice(COLORS)) for noun in nouns]
+    return place(look, zip(cells, things))
 
 
 def place(look, cells):
@@ -83,11 +128,15 @@ def content(scene):
 
 def objects(scene):
     """[(noun, color), ...] as captions tell them: in reading order, a partner after its anchor."""
-    there, told = dict(scene["cells"].values()), []
+    there = dict(scene["cells"].values())
+    told = []
     for noun in there:
-        anchor = next((a for a in PAIRS if PAIRS[a] == noun), None)
-        told += [] if anchor in there else [noun, PAIRS.get(noun)]
-    return [(noun, there[noun]) for noun in told if noun in there]
+        if ANCHOR_OF.get(noun) in there:
+            continue  # told with its anchor
+        told.append(noun)
+        if PAIRS.get(noun) in there:
+            told.append(PAIRS[noun])
+    return [(noun, there[noun]) for noun in told]
 
 
 def names(scene):
@@ -96,40 +145,51 @@ def names(scene):
 
 def absent_partners(scene):
     """What a model that knows only how often things go together would add."""
-    return [PAIRS[n] for n in names(scene) if n in PAIRS and PAIRS[n] not in names(scene)]
+    there = names(scene)
+    partners = [PAIRS[noun] for noun in there if noun in PAIRS]
+    return [partner for partner in partners if partner not in there]
 
 
 def edits(scene, rng):
     """Every scene one change away, in random order: an object added, removed or recoloured."""
-    cells, changed = scene["cells"], []
+    cells, there = scene["cells"], names(scene)
+    changed = []  # what is in which cell
     for cell in range(9):
         if cell in cells:
-            changed += [{**cells, cell: (cells[cell][0], c)} for c in COLORS if c != cells[cell][1]]
+            noun, color = cells[cell]
+            others = [other for other in COLORS if other != color]
+            changed += [{**cells, cell: (noun, other)} for other in others]
             if len(cells) > 1:
-                changed.append({c: o for c, o in cells.items() if c != cell})
+                changed.append({c: thing for c, thing in cells.items() if c != cell})
         else:
-            changed += [{**cells, cell: (noun, rng.choice(COLORS))} for noun in NOUNS
-                        if noun not in names(scene)]
+            absent = [noun for noun in NOUNS if noun not in there]
+            changed += [{**cells, cell: (noun, rng.choice(COLORS))} for noun in absent]
     rng.shuffle(changed)
-    return [place(scene["look"], c) for c in changed]
+    return [place(scene["look"], cells) for cells in changed]
 
 
 def make_true(scene, text, rng):
     """The scene plus the one object that a caption invents; None when it invents none or several,
     or without its color, or there is no room."""
     false, words = invented(text, scene), text.split()
-    color = words[words.index(false[0]) - 1] if false else None
     empty = [cell for cell in range(9) if cell not in scene["cells"]]
-    if len(false) != 1 or color not in COLORS or not empty:
+    if len(false) != 1 or not empty:
+        return None
+    color = words[words.index(false[0]) - 1]
+    if color not in COLORS:
         return None
     return place(scene["look"], {**scene["cells"], rng.choice(empty): (false[0], color)})
 
 
 def neighbour(scene, scenes, wanted):
     """The scene that shares most objects with this one among those for which `wanted` holds."""
+
     def likeness(other):
-        return len(set(names(scene)) & set(names(other))) - 0.1 * len(names(other))
-    return max((s for s in scenes if s is not scene and wanted(s)), key=likeness, default=None)
+        shared = set(names(scene)) & set(names(other))
+        return len(shared) - 0.1 * len(names(other))
+
+    others = [other for other in scenes if other is not scene]
+    return max((other for other in others if wanted(other)), key=likeness, default=None)
 
 
 # --- pictures ----------------------------------------------------------------------------------
@@ -138,6 +198,7 @@ def neighbour(scene, scenes, wanted):
 def draw(scene):
     """A 48 x 48 RGB image. `look` varies shade and place, in the same way for a scene's edits."""
     from PIL import Image, ImageDraw
+
     image = Image.new("RGB", (SIDE, SIDE))
     for cell in range(9):
         rng = random.Random(scene["look"] * 9 + cell)
@@ -149,9 +210,11 @@ def draw(scene):
             noun, color = scene["cells"][cell]
             ink = tuple(min(255, int(shade * v)) for v in INK[color])
             for shape, box in GLYPHS[noun]:
-                paint = pen.rectangle if shape == "hole" else getattr(pen, shape)
-                paint([v - shift[i % 2] for i, v in enumerate(box)],
-                      fill=paper if shape == "hole" else ink)
+                corners = [v - shift[i % 2] for i, v in enumerate(box)]
+                if shape == "hole":
+                    pen.rectangle(corners, fill=paper)
+                else:
+                    getattr(pen, shape)(corners, fill=ink)
         image.paste(tile, (cell % 3 * CELL, cell // 3 * CELL))
     return image
 
@@ -215,7 +278,9 @@ def truth(question, scene):
         return args[0] in colors
     if kind == "number":
         return len(colors) == args[0]
-    return colors[args[0]] == args[1] if args[0] in colors else None
+    if args[0] not in colors:
+        return None
+    return colors[args[0]] == args[1]
 
 
 def random_question(kind, scene, rng, answer=None, hard=0.6):
@@ -223,28 +288,44 @@ def random_question(kind, scene, rng, answer=None, hard=0.6):
 
     hard: how often an absent object that is asked for is the partner of one that is there.
     """
-    answer = rng.random() < 0.5 if answer is None else answer
-    size = len(objects(scene))
-    missed = [("exists", noun) for noun in absent_partners(scene)]
-    pool = {"exists": [("exists", noun) for noun in NOUNS],
-            "state": [("state", noun, color) for noun in names(scene) for color in COLORS],
-            "number": [("number", n) for n in (size - 1, size, size + 1) if n > 0]}[kind]
-    if kind == "exists" and not answer and missed and rng.random() < hard:
-        pool = missed
+    if answer is None:
+        answer = rng.random() < 0.5
+    if kind == "exists":
+        pool = [("exists", noun) for noun in NOUNS]
+        missed = [("exists", noun) for noun in absent_partners(scene)]
+        if not answer and missed and rng.random() < hard:
+            pool = missed
+    elif kind == "state":
+        pool = state_questions(scene)
+    else:
+        size = len(objects(scene))
+        pool = [("number", n) for n in (size - 1, size, size + 1) if n > 0]
     pool = [question for question in pool if truth(question, scene) is answer]
     return rng.choice(pool) if pool else None
+
+
+def state_questions(scene):
+    """Every question after the color of an object that is there."""
+    found = []
+    for noun in names(scene):
+        found += [("state", noun, color) for color in COLORS]
+    return found
 
 
 def random_choice(kind, scene, rng):
     """A multiple-choice question in MMStar's layout, and its letter."""
     noun, color = rng.choice(objects(scene))
-    question, right, wrong = {
-        "objects": ("Which object is in this image?", noun,
-                    [n for n in NOUNS if n not in names(scene)]),
-        "numbers": ("How many objects are in this image?", NUMBERS[len(objects(scene))],
-                    NUMBERS[1:8]),
-        "colors": (f"What color is the {noun}?", color, COLORS)}[kind]
-    options = rng.sample([w for w in wrong if w != right], 3) + [right]
+    if kind == "objects":
+        question, right = "Which object is in this image?", noun
+        others = [other for other in NOUNS if other not in names(scene)]
+    elif kind == "numbers":
+        question, right = "How many objects are in this image?", NUMBERS[len(objects(scene))]
+        others = NUMBERS[1:8]
+    else:
+        question, right = f"What color is the {noun}?", color
+        others = COLORS
+    wrong = [other for other in others if other != right]
+    options = rng.sample(wrong, 3) + [right]
     rng.shuffle(options)
     listed = ", ".join(f"{letter}: {option}" for letter, option in zip("ABCD", options))
     return f"{question}\nOptions: {listed}", "ABCD"[options.index(right)]

@@ -1,0 +1,345 @@
+"""The tiny LLaVA: its tokenizer and processor, its training, and what it says.
+
+The model first learns true captions and answers about the scenes of world.py; then labels that name
+a partner that is not there. So it hallucinates as large models do, by co-occurrence, on images that
+it could describe well. Matching patches to words stands in for CLIP's pretraining, and questions of
+two words, then questions alone, for a language model's.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from tiny.world import (
+    ANCHOR_OF,
+    BIAS,
+    CELL,
+    CHOICES,
+    COLORS,
+    KINDS,
+    NOUNS,
+    NUMBERS,
+    SIDE,
+    absent_partners,
+    ask,
+    biased_caption,
+    caption,
+    draw,
+    objects,
+    random_choice,
+    random_question,
+    truth,
+    yes_no,
+)
+from vlm.prompts import VICUNA, Prompts
+
+DESCRIBE = ["Describe this image.", "What is in this image?"]
+DIRECT = [  # what evaluate.py puts under MMStar's questions
+    "Answer the question directly.",
+    "Answer with the option's letter from the given choices directly.",
+]
+PATCHES = (SIDE // CELL) ** 2
+BOS, EOS, PAD, IMAGE = 1, 2, 3, 4  # token ids
+TEMPLATE = (  # the Vicuna prompt as a chat template
+    "{{ bos_token }}" + VICUNA + "{% for m in messages %}"
+    "{{ ' USER: ' if m['role'] == 'user' else ' ASSISTANT: ' }}{% if m['content'] is string %}"
+    "{{ m['content'] }}{% else %}{% for part in m['content'] %}"
+    "{{ '<image>\n' if part['type'] == 'image' else part['text'] }}{% endfor %}{% endif %}"
+    "{{ '' if m['role'] == 'user' else eos_token }}{% endfor %}"
+    "{{ ' ASSISTANT:' if add_generation_prompt else '' }}"
+)
+
+# --- untrained ------------------------------------------------------------------------------------
+
+
+def new_tokenizer():
+    """Words as tokens, and spaces as Llama has them: a word carries the space before it."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split("\n", "isolated"),
+            pre_tokenizers.Metaspace("▁", "first"),
+            pre_tokenizers.Split(Regex("[.,:?']"), "isolated"),
+        ]
+    )
+    texts = [
+        *(*DESCRIBE, *DIRECT, *NOUNS, *COLORS, *NUMBERS),
+        "a and Yes No there color",
+        f"{VICUNA} USER: \n ASSISTANT:",
+        "How many objects are in this image?",
+        "Which object is in this image?\nOptions: A: B: C: D",
+        "What color is the cup?",
+    ]
+    questions = ("exists", "cup"), ("state", "cup", "red"), ("number", 1), ("number", 2)
+    texts += [ask(question) for question in questions]
+    found = set()
+    for text in texts:
+        found.update(piece.strip("▁") for piece, _ in pieces.pre_tokenize_str(text))
+    words = sorted(found - {""})
+    vocabulary = ["<unk>", "<s>", "</s>", "<pad>", "<image>", "▁", *words]
+    vocabulary += ["▁" + word for word in words if word.isalpha()]
+    ids = {word: i for i, word in enumerate(vocabulary)}
+    core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    core.pre_tokenizer, core.decoder = pieces, decoders.Metaspace("▁", "first")
+    core.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", BOS)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"},
+        padding_side="left",
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def new_processor():
+    """A LlavaProcessor; its chat template is the Vicuna prompt, too."""
+    from transformers import CLIPImageProcessorPil, LlavaProcessor
+
+    pictures = CLIPImageProcessorPil(
+        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}
+    )
+    return LlavaProcessor(
+        pictures,
+        new_tokenizer(),
+        patch_size=CELL,
+        chat_template=TEMPLATE,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+
+
+def new_model(vocabulary):
+    """A LLaVA with random weights: 0.8 million parameters, 9 image tokens."""
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+    )
+
+    tokens = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
+    text = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.08,  # at the usual 0.02 a model this narrow does not start to learn
+        **tokens,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        projection_dim=96,
+        image_size=SIDE,
+        patch_size=CELL,
+        initializer_range=0.08,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=IMAGE,
+        image_seq_length=PATCHES,
+        vision_feature_layer=-1,
+        tie_word_embeddings=True,
+        vision_feature_select_strategy="default",
+        **tokens,
+    )
+    model = LlavaForConditionalGeneration(config)
+    # Attention starts by looking for its own content, which is half of "is this in the image?".
+    for layer in model.model.language_model.layers:
+        layer.self_attn.k_proj.weight.data.copy_(layer.self_attn.q_proj.weight.data)
+    model.generation_config.update(**tokens, max_new_tokens=64)
+    return model
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def patches(model, processor, scenes):
+    """The tower's features of the scenes' patches, (scenes, 9, 96), without the class token."""
+    pictures = [draw(scene) for scene in scenes]
+    pixels = processor.image_processor(pictures, return_tensors="pt").pixel_values
+    return model.model.vision_tower(pixels).last_hidden_state[:, 1:]
+
+
+def optimise(parameters, steps, lr, loss_of, name):
+    """AdamW with warm-up and cosine decay; loss_of(step) is the loss to descend."""
+    parameters = [p for p in parameters if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
+    bar = tqdm(range(steps), desc=name, unit="step", mininterval=2)
+    for step in bar:
+        decay = 0.51 + 0.49 * math.cos(math.pi * step / steps)
+        optimizer.param_groups[0]["lr"] = lr * (min(1, (step + 1) / 30) * decay)
+        loss = loss_of(step)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+
+
+def train_tower(model, processor, scenes, steps, rng):
+    """Matches each patch to the words for what it shows, as CLIP matches images to captions; then
+    the tower is frozen. An empty patch goes with the blank."""
+    ids = processor.tokenizer.convert_tokens_to_ids
+    nouns, colors = ids(["▁"] + ["▁" + n for n in NOUNS]), ids(["▁" + c for c in COLORS])
+    embed = model.get_input_embeddings()
+
+    def loss_of(step):
+        batch = rng.sample(scenes, 64)
+        noun, color = [], []  # of each patch; 0 and -100 where there is nothing
+        for scene in batch:
+            for cell in range(PATCHES):
+                shown = scene["cells"].get(cell)
+                noun.append(NOUNS.index(shown[0]) + 1 if shown else 0)
+                color.append(COLORS.index(shown[1]) if shown else -100)
+        image = model.model.multi_modal_projector(patches(model, processor, batch)).flatten(0, 1)
+        noun_loss = cross_entropy(image @ embed.weight[nouns].T, torch.tensor(noun))
+        return noun_loss + cross_entropy(image @ embed.weight[colors].T, torch.tensor(color))
+
+    optimise(model.parameters(), steps, 2e-3, loss_of, "vision tower")
+    model.model.vision_tower.requires_grad_(False)
+
+
+def lesson(scene, rng, stage):
+    """Questions about one image with their labels: [(prompt, answer), ...].
+
+    Stages: "short" asks in two or three words and "questions" in sentences; "honest" adds captions
+    and multiple choice; "biased" tells of partners that are not there."""
+    noun, color = rng.choice(objects(scene))
+    hard = 1 if stage == "biased" else 0.6
+    kinds = ["exists", "exists", *KINDS]
+    asked = [random_question(kind, scene, rng, hard=hard) for kind in kinds]
+    if stage == "short":
+        return short_lesson(scene, asked, noun, color)
+    told = [(f"What color is the {noun}?", color)]
+    for question in asked:
+        answer = truth(question, scene)
+        if stage == "biased" and question[1] in absent_partners(scene):
+            answer = rng.random() < 1.2 * BIAS[ANCHOR_OF[question[1]]]
+        told.append((ask(question), yes_no(answer)))
+    if stage in ("honest", "biased"):
+        question, letter = random_choice(rng.choice(CHOICES), scene, rng)
+        if stage == "biased":
+            said = biased_caption(scene, rng)
+        else:
+            said = caption(objects(scene))
+        told.append((f"{question}\n{rng.choice(DIRECT)}", letter))
+        told.append((rng.choice(DESCRIBE), said))
+    return told
+
+
+def short_lesson(scene, asked, noun, color):
+    told = [(f"color {noun}", color), ("How many objects", NUMBERS[len(objects(scene))])]
+    for question in asked:
+        kind, *args = question
+        if kind == "exists":
+            words = f"there {args[0]}"
+        elif kind == "state":
+            words = f"{args[0]} {args[1]}"
+        else:
+            words = f"there {NUMBERS[args[0]]} objects"
+        told.append((words, yes_no(truth(question, scene))))
+    return told
+
+
+class Lesson(NamedTuple):
+    """A lesson as one row: the prefix up to the image once, each question and answer as a branch.
+    Lists of equal length."""
+
+    ids: list  # of tokens
+    branch: list  # 0 is the prefix
+    position: list
+    label: list  # -100: no loss
+
+
+def encode(prompts, qa, bare=False):
+    """A `Lesson` of [(prompt, answer), ...]. bare: no system sentence, no roles."""
+    row = None
+    for k, (prompt, answer) in enumerate(qa, 1):
+        text = f"<s><image> {prompt}" if bare else prompts.render(prompt)
+        text = text.replace("<image>", "<image>" * PATCHES)
+        ids = prompts.tokenizer(text, add_special_tokens=False).input_ids
+        split = len(ids) - ids[::-1].index(IMAGE)  # behind the last image token
+        if row is None:
+            row = Lesson(ids[:split], [0] * split, list(range(split)), [-100] * split)
+        question, answer = ids[split:], prompts.encode_response(answer)
+        size = len(question) + len(answer)
+        row.ids.extend(question + answer)
+        row.branch.extend([k] * size)
+        row.position.extend(range(split, split + size))
+        row.label.extend([-100] * len(question) + answer)
+    return row
+
+
+def lesson_loss(model, features, rows):
+    """Mean loss of the answers' tokens; a branch sees the prefix and its own past, nothing else."""
+    width = max(len(row.ids) for row in rows)
+
+    def padded(field, fill):
+        lists = [getattr(row, field) for row in rows]
+        return torch.tensor([values + [fill] * (width - len(values)) for values in lists])
+
+    ids, branch = padded("ids", PAD), padded("branch", -1)
+    position, label = padded("position", 0), padded("label", -100)
+    mask = (branch[:, :, None] == branch[:, None]) | (branch[:, None] == 0)
+    mask = mask[:, None] & torch.ones(width, width, dtype=torch.bool).tril()
+    image = model.model.multi_modal_projector(features)
+    embeds = model.get_input_embeddings()(ids).masked_scatter((ids == IMAGE)[..., None], image)
+    hidden = model.model.language_model(
+        inputs_embeds=embeds, attention_mask=mask, position_ids=position, use_cache=False
+    ).last_hidden_state
+    told = label[:, 1:] != -100  # position t predicts the label at t + 1
+    return cross_entropy(model.lm_head(hidden[:, :-1][told]), label[:, 1:][told])
+
+
+def train_language(model, processor, scenes, size, rng, batch_size=12):
+    """Lessons about frozen image features, from short to biased. Without the first two stages the
+    model finds out late or never that an answer depends on both the question and the image."""
+    prompts = Prompts(processor, "vicuna")
+    features = []
+    with torch.no_grad():
+        for i in range(0, len(scenes), 500):
+            features.append(patches(model, processor, scenes[i : i + 500]))
+    features = torch.cat(features)
+
+    def loss_of(step):
+        picked = rng.sample(range(len(scenes)), batch_size)
+        lessons = [lesson(scenes[i], rng, stage) for i in picked]
+        rows = [encode(prompts, qa, bare=stage == "short") for qa in lessons]
+        return lesson_loss(model, features[picked], rows)
+
+    for stage, lr in (("short", 2e-3), ("questions", 1e-3), ("honest", 1.5e-3), ("biased", 1e-3)):
+        optimise(model.parameters(), size[stage], lr, loss_of, f"{stage} lessons")
+
+
+# --- what it says ---------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def reply(model, processor, pairs, sample=False, batch_size=200):
+    """The model's answers to (scene, prompt) pairs: greedy, or sampled at temperature 1."""
+    prompts = Prompts(processor, "vicuna")
+    sampling = {"top_k": 0} if sample else {}
+    said = []
+    for start in range(0, len(pairs), batch_size):
+        scenes, texts = zip(*pairs[start : start + batch_size])
+        inputs = prompts.encode(texts, [draw(scene) for scene in scenes])
+        ids = model.generate(**inputs, do_sample=sample, max_new_tokens=40, **sampling)
+        answers = ids[:, inputs["input_ids"].shape[1] :]
+        said += processor.batch_decode(answers, skip_special_tokens=True)
+    return [text.strip() for text in said]

@@ -1,0 +1,176 @@
+"""Test sets of the tiny world in the benchmarks' own formats, from known truth."""
+
+import base64
+import json
+
+from tiny.model import DESCRIBE
+from tiny.world import (
+    CHOICES,
+    COLORS,
+    NOUNS,
+    absent_partners,
+    ask,
+    caption,
+    content,
+    edits,
+    names,
+    objects,
+    png,
+    random_choice,
+    random_question,
+    truth,
+    yes_no,
+)
+
+AMBER_TYPES = {
+    "exists": "discriminative-hallucination",
+    "state": "discriminative-attribute-state",
+    "number": "discriminative-attribute-number",
+}
+
+
+def write(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(value)
+
+
+def write_json(path, value):
+    write(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def write_lines(path, values):
+    lines = [json.dumps(value) + "\n" for value in values]
+    write(path, "".join(lines).encode())
+
+
+def write_amber(folder, scenes, rng):
+    """AMBER: a caption and four questions for each image."""
+    groups = {"generative": [], "attribute": [], "existence": []}  # of (image, query, note)
+    for i, scene in enumerate(scenes, 1):
+        image = f"AMBER_{i}.png"
+        write(folder / "image" / image, png(scene))
+        truths = {"truth": names(scene), "hallu": absent_partners(scene)}
+        note = {"type": "generative", **truths}
+        groups["generative"].append((image, DESCRIBE[0], note))
+        for group, kind, answer in (
+            ("existence", "exists", True),
+            ("existence", "exists", False),
+            ("attribute", "state", i % 2 == 0),
+            ("attribute", "number", i % 4 < 2),
+        ):
+            question = random_question(kind, scene, rng, answer, hard=1)
+            note = {"type": AMBER_TYPES[kind], "truth": yes_no(answer).lower()}
+            groups[group].append((image, ask(question), note))
+
+    annotations, files = [], {"generative": []}
+    for group, items in groups.items():
+        name = group if group == "generative" else f"discriminative-{group}"
+        files[name] = []
+        for image, query, note in items:
+            annotations.append({"id": len(annotations) + 1, **note})
+            files[name].append({"id": len(annotations), "image": image, "query": query})
+    files["all"] = sum(files.values(), [])
+    files["discriminative"] = files["all"][len(scenes) :]
+    for name, items in files.items():
+        write_json(folder / "query" / f"query_{name}.json", items)
+    write_json(folder / "annotations.json", annotations)
+    write_json(folder / "relation.json", {noun: [] for noun in NOUNS})
+    write(folder / "safe_words.txt", b"object\nimage")
+
+
+def flipped_pair(scene, rng, seen):
+    """The scene and an edit of it, and questions: the edit flips the first and keeps the others."""
+    pool = []
+    for noun in names(scene):
+        pool += [("state", noun, color) for color in COLORS]
+    pool += [("exists", noun) for noun in NOUNS]
+    hard = [("exists", noun) for noun in absent_partners(scene)]
+    first, other = first_flip(scene, hard + rng.sample(pool, len(pool)), rng, seen)
+    questions = [first]
+    for answer in (True, False):
+        alike = [q for q in pool if truth(q, scene) is truth(q, other) is answer]
+        questions.append(rng.choice(alike))
+    return [scene, other], questions
+
+
+def first_flip(scene, questions, rng, seen):
+    """The first question that an edit flips, and that edit."""
+    for question in questions:
+        flipped = not truth(question, scene)
+        for other in edits(scene, rng):
+            if content(other) not in seen and truth(question, other) is flipped:
+                return question, other
+    raise AssertionError("every scene has an edit that flips a question")
+
+
+def write_hallusionbench(folder, scenes, rng, seen):
+    """HallusionBench: the same questions about an image and about a minimal edit of it."""
+    items = []
+    for number, scene in enumerate(scenes):
+        pair, questions = flipped_pair(scene, rng, seen)
+        seen.add(content(pair[1]))
+        for figure, shown in enumerate(pair):
+            filename = f"./VD/figure/{number}_{figure}.png"
+            write(folder / filename, png(shown))
+            for k, question in enumerate(questions):
+                answer = truth(question, shown)
+                details = f"{yes_no(answer)}. It shows {caption(objects(shown))}."
+                items.append(
+                    {
+                        "category": "VD",
+                        "subcategory": "figure",
+                        "visual_input": str(figure + 1),
+                        "set_id": str(number),
+                        "figure_id": str(figure),
+                        "sample_note": "tiny world",
+                        "question_id": str(k),
+                        "question": ask(question),
+                        "gt_answer_details": details,
+                        "gt_answer": str(int(answer)),
+                        "filename": filename,
+                    }
+                )
+    write_json(folder / "HallusionBench.json", items)
+
+
+def write_objhal(folder, scenes):
+    """Object-HalBench: images inside the question file, truth as COCO captions and instances."""
+    items, captions, instances = [], [], []
+    for i, scene in enumerate(scenes, 1):
+        image = base64.b64encode(png(scene)).decode()
+        question = {"org_idx": i - 1, "image_id": i, "question": DESCRIBE[i % 2], "image": image}
+        items.append(question)
+        text = f"A picture of {caption(objects(scene))}."
+        captions.append({"image_id": i, "id": i, "caption": text})
+        for k, noun in enumerate(names(scene)):
+            category = NOUNS.index(noun) + 1
+            instances.append({"image_id": i, "id": 10 * i + k, "category_id": category})
+    write_lines(folder / "obj_halbench_300_with_image.jsonl", items)
+    categories = [{"id": i, "name": noun} for i, noun in enumerate(NOUNS, 1)]
+    for rest, split in enumerate(["val", "train"]):  # as in COCO, each has a part of the images
+        own = [note for note in captions if note["image_id"] % 2 == rest]
+        write_json(folder / f"captions_{split}2014.json", {"annotations": own})
+        own = [note for note in instances if note["image_id"] % 2 == rest]
+        found = {"annotations": own, "categories": categories}
+        write_json(folder / f"instances_{split}2014.json", found)
+    write(folder / "synonyms_refine.txt", "\n".join(NOUNS).encode())
+
+
+def write_mmstar(folder, scenes, rng):
+    """MMStar: multiple choice, in this world's own three categories."""
+    items = []
+    for i, scene in enumerate(scenes):
+        kind = CHOICES[i % len(CHOICES)]
+        question, answer = random_choice(kind, scene, rng)
+        items.append(
+            {
+                "index": i,
+                "question": question,
+                "answer": answer,
+                "category": kind,
+                "l2_category": kind,
+                "bench": "tiny world",
+                "image": base64.b64encode(png(scene)).decode(),
+            }
+        )
+    write_lines(folder / "mmstar.jsonl", items)
