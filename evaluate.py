@@ -247,13 +247,13 @@ def parse_args(argv=None):
         if args.names[0] not in BENCHMARKS:
             parser.error(f"the benchmarks are {', '.join(BENCHMARKS)}")
         args.benchmark = args.names[0]
-    judged = hasattr(BENCHMARKS[args.benchmark], "judge_messages")
-    judging = args.command == "judge" or (args.command == "run" and args.judge_url)
-    unjudged_mmhal = args.command == "run" and args.benchmark == "mmhal" and not args.judge_url
-    if unjudged_mmhal or (judging and not (judged and args.judge_url and args.judge_model)):
-        parser.error(
-            "a judge, of hallusionbench, objhal or mmhal, needs --judge-url and --judge-model"
-        )
+    role = BENCHMARKS[args.benchmark].JUDGE
+    judged_run = args.command == "run" and (args.judge_url or role == "needed")
+    if args.command == "judge" or judged_run:
+        if role == "none" or not args.judge_url or not args.judge_model:
+            judged = [name for name in BENCHMARKS if BENCHMARKS[name].JUDGE != "none"]
+            names = ", ".join(judged)
+            parser.error(f"a judge, of {names}, needs --judge-url and --judge-model")
     if args.command != "fetch-help" and not args.data:
         if args.model:
             parser.error("--data is missing: the benchmark's files")

@@ -1,12 +1,12 @@
 """Hallucination benchmarks: a folder each, which can be read alone.
 
 NAME/NAME.py has the constants ITEMS (questions as published), ANSWER (the field of an answer),
-FILES (what is needed), COLUMNS (of the report), and
+JUDGE ("none", "optional" or "needed"), FILES (what is needed), COLUMNS (of the report), and
 
     questions(folder, settings) -> [Question]
     score(answers, folder, settings) -> (metrics, how texts were read)
 
-and, where a judge reads the answers, judge_messages(prompt, row) and check_reply(text); beside it
+and, if JUDGE is not "none", judge_messages(prompt, row) and check_reply(text); beside it
 stand README.md (source, licence, how to get it, departures), word lists and the judge's prompt.
 Another benchmark is another folder, and its name here.
 """

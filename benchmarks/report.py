@@ -1,4 +1,8 @@
-"""report.md and report.png: the rows of metrics.json files beside the paper's rows (paper.json)."""
+"""report.md and report.png: the rows of metrics.json files beside the paper's rows.
+
+paper.json has these: Table 1 of the SymMPO paper and Table 1 of the mDPO paper. (AMBER's captions
+are only in the latter, whose MMHal rates are written in percent.)
+"""
 
 from collections import defaultdict
 from pathlib import Path

@@ -438,9 +438,12 @@ def test_words_that_amber_has_in_the_plural_only_are_never_found(tmp_path, word)
         ("amber", "earrings", "earring"),
         ("amber", "sunglasses", "sunglass"),
         ("amber", "people", "people"),
+        ("amber", "men", None),  # a word of WordNet itself, and as short as "man"
+        ("amber", "women", "woman"),
         ("amber", "knives", "knife"),
         ("amber", "children", "child"),
         ("amber", "glasses", "glass"),
+        ("objhal", "men", None),
         ("objhal", "sports", "sport"),
         ("objhal", "knives", "knife"),
         ("objhal", "skis", "ski"),
@@ -451,6 +454,23 @@ def test_words_that_amber_has_in_the_plural_only_are_never_found(tmp_path, word)
 def test_lemmas_are_those_of_wordnet(table, form, lemma):
     lemmas = read(benchmarks.common.word_list(table, "lemma_table.json"))
     assert lemmas.get(form, form) == (lemma or form)
+
+
+@pytest.mark.parametrize(
+    "form, lemma",
+    [
+        ("men", "man"),
+        ("oxen", "ox"),
+        ("scissors", "scissor"),
+        ("sports", "sport"),
+        ("glasses", "glass"),
+        ("bus", "bus"),
+        ("people", "people"),
+    ],
+)
+def test_lemmas_of_phrases_are_those_of_spacy(form, lemma):
+    lemmas = read(benchmarks.common.word_list("objhal", "spacy_noun_lemma_table.json"))
+    assert lemmas[form] == lemma
 
 
 # --- folders --------------------------------------------------------------------------------------
@@ -467,9 +487,10 @@ def test_a_benchmark_is_a_folder_that_says_where_it_comes_from(name):
             assert f"`{path.name}`" in text, f"{path.name}: origin and licence are missing"
 
 
-def test_another_benchmark_is_one_module(tmp_path, monkeypatch):
+def test_another_benchmark_is_one_module(tmp_path, monkeypatch, capsys):
     class Sixth:
-        ITEMS, ANSWER, FILES, COLUMNS = 1, "said", ("sixth.json",), {"Right↑": ("right",)}
+        ITEMS, ANSWER, JUDGE = 1, "said", "needed"
+        FILES, COLUMNS = ("sixth.json",), {"Right↑": ("right",)}
 
         @staticmethod
         def questions(folder, settings):
@@ -494,6 +515,9 @@ def test_another_benchmark_is_one_module(tmp_path, monkeypatch):
     )
     run("report", tmp_path / "metrics.json", "--out", tmp_path)
     assert "| answers | 100 |" in (tmp_path / "report.md").read_text()
+    with pytest.raises(SystemExit):
+        run("run", "--benchmark", "sixth", "--data", tmp_path)
+    assert "objhal, sixth, needs --judge-url and --judge-model" in capsys.readouterr().err
 
 
 # --- cost -----------------------------------------------------------------------------------------
@@ -923,13 +947,16 @@ def test_numbers_without_a_meaning_are_refused_by_name(capsys):
         assert end.value.code == 2 and option in capsys.readouterr().err
 
 
-def test_before_and_after_switch_the_adapter(loaded, llava, adapter, amber, capsys):
+def test_before_and_after_switch_the_adapter(loaded, llava, adapter, amber, monkeypatch, capsys):
+    short = functools.partial(measure, max_new_tokens=12)
+    monkeypatch.setattr(answering, "measure", short)
     model, prompts = loaded
     tuned = load_adapter(load_model(str(llava))[0], adapter)
     before_and_after(tuned, prompts, amber)
     printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "held-out scenes (%)    CHAIR   cover     hal  yes/no"
     assert [line.split()[0] for line in printed] == ["held-out", "before", "after"]
     for line, policy in zip(printed[1:], (model, tuned)):
-        found = measure(policy, prompts, amber)["metrics"]
+        found = short(policy, prompts, amber)["metrics"]
         assert line.split()[1] == str(found["generative"]["CHAIR"])
         assert line.split()[-1] == str(found["discriminative"]["Accuracy"])

@@ -27,7 +27,7 @@ from benchmarks.common import (
 from benchmarks.words import noun_reader, similarity
 from support.cli import UserError
 
-ITEMS, ANSWER = 15220, "response"
+ITEMS, ANSWER, JUDGE = 15220, "response", "none"
 FILES = ("query/query_all.json", "annotations.json", "relation.json", "safe_words.txt")
 COLUMNS = {  # of the report: heading -> where it stands in the metrics
     "Acc↑": ("discriminative", "Accuracy"),

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from benchmarks.common import Question, find, image_of, need_fields, need_image, percent, read
 from support.cli import UserError
 
-ITEMS, ANSWER = 1129, "model_prediction"
+ITEMS, ANSWER, JUDGE = 1129, "model_prediction", "optional"
 FILES = ("HallusionBench.json",)
 COLUMNS = {"qAcc↑": ("qAcc",), "fAcc↑": ("fAcc",), "aAcc↑": ("aAcc",)}
 

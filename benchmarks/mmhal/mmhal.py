@@ -17,7 +17,7 @@ import re
 from benchmarks.common import Question, find, image_of, need_image, percent, read
 from support.cli import UserError
 
-ITEMS, ANSWER = 96, "model_answer"
+ITEMS, ANSWER, JUDGE = 96, "model_answer", "needed"
 FILES = ("mmhal-bench_with_image.jsonl",)
 OTHER_NAMES = ("response_template.json", "mmhal-bench_answer_template.json")
 COLUMNS = {"Score↑": ("score",), "Hall↓": ("hallucination_rate",)}

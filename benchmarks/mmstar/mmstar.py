@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks.common import Question, find, image_of, need_fields, need_image, percent, read
 from support.cli import UserError
 
-ITEMS, ANSWER = 1500, "prediction"
+ITEMS, ANSWER, JUDGE = 1500, "prediction", "none"
 FILES = ("mmstar.parquet",)
 OTHER_NAMES = ("MMStar.parquet", "mmstar.json", "mmstar.jsonl")
 COLUMNS = {"Overall↑": ("overall",)}

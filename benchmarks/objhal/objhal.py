@@ -31,7 +31,7 @@ from benchmarks.common import (
 from benchmarks.words import noun_reader, phrase_reader
 from support.cli import UserError
 
-ITEMS, ANSWER = 300, "text"
+ITEMS, ANSWER, JUDGE = 300, "text", "optional"
 QUESTIONS = "obj_halbench_300_with_image.jsonl"
 COCO = (
     "annotations/instances_train2014.json",
