@@ -35,7 +35,7 @@ def whole_lines(path):
 
 
 def drop_torn_line(path):
-    """Cut off what a killed process has left of a last line; returns how many whole lines remain."""
+    """Cut off what a killed process left of a last line; returns how many whole lines remain."""
     if not path.exists():
         return 0
     raw = path.read_bytes()

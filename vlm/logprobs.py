@@ -197,6 +197,7 @@ class TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, targets, head):
         logps, gradients = [], []
+        hidden = hidden.detach()  # hooks on the head must not look for a graph: there is none here
         for h, y in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
             logp = head(h).float().log_softmax(-1)  # (chunk, vocabulary)
             logps.append(logp.gather(1, y[:, None])[:, 0])

@@ -1,0 +1,109 @@
+"""The comparison at tiny size: its sides compute the same, its FLOPs are what is executed."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from torch.utils.flop_counter import FlopCounterMode
+
+from speed import __main__ as speed
+from speed.measure import Result, in_new_process, peak_of, proof
+from speed.sides import RUNGS, Side, prepare, step_memory
+from speed.world import PROMPT, RESPONSE, SIZES, step_flops
+from support.cli import UserError
+
+TINY = SIZES["tiny"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return prepare(tmp_path_factory.mktemp("world"), TINY, "symmpo", "cpu")
+
+
+def test_ladder_sides_agree_over_steps_and_see_the_image():
+    rows, figures = speed.ladder("tiny", rounds=3, device="cpu")
+    *rungs, proven = rows
+    assert [row["step"] for row in rungs] == [rung.name for rung in RUNGS]
+    assert figures["five_sequence_time_ratio"] == rungs[-1]["ratio"][0] > 0
+    assert proven["steps"] == 4 and proven["max_logp_diff"] < 2e-3
+    assert proven["image_swap_moves"] > 0.1
+    low, high = proven["loss_range"]
+    assert high - low > 0.05
+
+
+def test_proof_refuses_sides_that_differ():
+    policy, reference = torch.randn(2, 3, 3, 1)
+    history = [[Result(policy, reference + n, 0.7 - n / 10)] * 2 for n in range(3)]
+    assert proof(history)["image_swap_moves"] == pytest.approx(2)
+    off = Result(policy + 0.1, reference + 1, 0.6)
+    other = [history[0], [history[1][0], off], history[2]]
+    blind = [[Result(policy, reference, loss)] * 2 for loss in (0.7, 0.6, 0.5)]
+    for wrong in (other, blind, history[:2]):  # blind: swapping the image changes nothing
+        with pytest.raises(UserError):
+            proof(wrong)
+    assert proof(other, exact=False)["max_logp_diff"] == pytest.approx(0.1, abs=1e-6)
+
+
+def test_the_sequences_are_as_long_as_it_says(run):
+    for rows in Side(run, RUNGS[0]).rows:
+        for row in rows:
+            assert row.inputs["input_ids"].shape[1] == TINY.patches() + PROMPT
+            assert {len(response) for response in row.responses} == {RESPONSE}
+
+
+def test_trl_takes_the_same_steps():
+    pytest.importorskip("trl")
+    rows, _ = speed.against_trl("tiny", rounds=3, device="cpu")
+    assert rows[0]["step"] == "TRL DPOTrainer"
+    assert rows[-1]["max_logp_diff"] < 2e-3 and rows[-1]["max_loss_diff"] < 1e-4
+
+
+def test_flops_are_those_that_are_executed(run):
+    """All but attention, which PyTorch's counter does not know on a CPU. Rank-sized rest: the first
+    layer's adapters need no gradient of their input."""
+    side = Side(run, RUNGS[-1])
+    with FlopCounterMode(display=False) as counter:
+        policy, _ = side.tables(0)
+        policy.nansum().backward()
+    counts = counter.get_flop_counts()["Global"]
+    executed = sum(n for op, n in counts.items() if "attention" not in str(op))
+    parts = step_flops(TINY)
+    tower_attention = 2 * TINY.tower_layers * 4 * (TINY.patches() + 1) ** 2 * TINY.tower
+    expected = sum(parts.values()) - parts["attention"] - tower_attention
+    assert executed == pytest.approx(expected, rel=0.02)
+
+
+def test_memory_of_a_step_is_seen():
+    assert peak_of(lambda: torch.ones(64, 2**20 // 4)) == pytest.approx(64, abs=8)
+
+
+def test_memory_in_a_fresh_process(tmp_path):
+    assert in_new_process(step_memory, "SymMPO, ours", tmp_path, "tiny", "cpu") > 1
+
+
+def test_command_line_ends_in_json():
+    command = [sys.executable, "-m", "speed", "--only", "floor", "--size", "tiny"]
+    command += ["--rounds", "2", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert list(last) == speed.SUMMARY.split()
+    assert 0 < last["flop_floor_fraction"] < 1 and last["five_sequence_time_ratio"] is None
+
+
+def test_says_what_is_wrong_with_the_command():
+    command = [sys.executable, "-m", "speed", "--cuda", "--size", "tiny"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if not torch.cuda.is_available():
+        assert done.returncode == 2 and "finds no CUDA GPU" in done.stderr
