@@ -86,6 +86,7 @@ def save_llava15(folder, image_size=336, width=32, seed=0, tokens=None, **more):
 def save_gemma3(folder):
     """A small random Gemma 3 with its own processor (chat template, end of turn); its folder."""
     import transformers as tf
+
     from families import TEXT, VISION
 
     marks = {
@@ -202,8 +203,9 @@ def serve(monkeypatch):
 @pytest.fixture
 def pairs(tmp_path):
     """Records over four images, one of which is broken, each image in two records."""
-    import chat_server
     from PIL import Image
+
+    import chat_server
 
     for name, rgb in chat_server.COLOURS.items():
         Image.new("RGB", (64, 48), rgb).save(tmp_path / f"{name}.png")

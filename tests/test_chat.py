@@ -13,10 +13,10 @@ import time
 from pathlib import Path
 
 import pytest
-from chat_server import KEY, ask, completion, echo, lines, lines_of_whole, questions
-from conftest import ROOT, TINY
 from PIL import Image
 
+from chat_server import KEY, ask, completion, echo, lines, lines_of_whole, questions
+from conftest import ROOT, TINY
 from support.chat import ask_all, image_url
 from support.cli import UserError
 from support.images import open_image

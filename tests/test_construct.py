@@ -8,10 +8,10 @@ import sys
 import time
 
 import pytest
-from chat_server import KEY, lines, lines_of_whole, oracle
-from conftest import ROOT, build_args
 
 import data
+from chat_server import KEY, lines, lines_of_whole, oracle
+from conftest import ROOT, build_args
 from construct import responses, review
 from construct.review import template
 from support.chat import digest

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import FIXTURES
 from PIL import Image, ImageDraw
 
+from conftest import FIXTURES
 from construct import contrast
 from data import embed, nearest
 from support.images import moco, noise

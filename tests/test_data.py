@@ -9,10 +9,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, write_prefs
 from PIL import Image
 
 import data
+from conftest import ROOT, write_prefs
 from data import Records, build_rows
 from support.cli import UserError
 from support.images import CROP, CROP_LARGE, crop, open_image

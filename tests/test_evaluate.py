@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY
 from PIL import Image
 
 import benchmarks
@@ -22,6 +21,7 @@ from benchmarks import answers as answering
 from benchmarks.amber.amber import yes_or_no
 from benchmarks.answers import answer, before_and_after, measure
 from benchmarks.common import Question, Settings, image_file, read
+from conftest import ROOT, TINY
 from support.cli import UserError
 from vlm.load import load_adapter, load_model
 from vlm.prompts import Prompts

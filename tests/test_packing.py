@@ -9,9 +9,9 @@ import math
 
 import pytest
 import torch
-from families import PACKED, PLAIN, tiny_model, tiny_rows
 from peft import LoraConfig, get_peft_model
 
+from families import PACKED, PLAIN, tiny_model, tiny_rows
 from support.cli import UserError
 from symmpo import MP, NONE, WP, L, M, W
 from vlm import logprobs

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
+from conftest import ROOT
 from speed import __main__ as speed
 from speed.measure import Result, in_new_process, peak_of, proof
 from speed.sides import RUNGS, Side, prepare, step_memory

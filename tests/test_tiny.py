@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY
 
 import benchmarks
 from benchmarks.answers import measure
+from conftest import ROOT, TINY
 from data import Records, missing_fields
 from support.images import open_image
 from symmpo import MP, WP, L, M

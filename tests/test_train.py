@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, save_gemma3
 from safetensors.torch import load_file
 
 import data
 import symmpo
 import train
+from conftest import ROOT, save_gemma3
 from data import Examples, build_rows, records_of_step
 from support.files import whole_lines
 from support.reference import ReferenceCache

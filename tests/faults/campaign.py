@@ -26,6 +26,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parents[n]) for n in range(3)]  # it is run as a file
 import harness  # noqa: E402
 import mutate  # noqa: E402
+
 from conftest import save_llava15, write_prefs  # noqa: E402
 from test_chat import cut_short, hang_up  # noqa: E402
 

@@ -5,9 +5,9 @@ import subprocess
 
 import harness
 import pytest
-from conftest import build_args
 from test_kill import job  # noqa: F401
 
+from conftest import build_args
 from construct import responses
 
 try:

@@ -12,7 +12,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from test_kill import job  # noqa: F401
-from test_train import read_metrics
 
 import data
 import evaluate
@@ -21,6 +20,7 @@ from construct import contrast, responses, review
 from data import records_of_step
 from support.cli import UserError
 from support.images import open_image
+from test_train import read_metrics
 from vlm.load import load_processor
 from vlm.prompts import Prompts
 

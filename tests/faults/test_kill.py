@@ -7,6 +7,7 @@ import time
 
 import harness
 import pytest
+
 from conftest import write_prefs
 
 FEW = (

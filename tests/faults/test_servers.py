@@ -10,8 +10,8 @@ import time
 import tracemalloc
 
 import pytest
-from chat_server import KEY, ask, completion, echo, lines, questions
 
+from chat_server import KEY, ask, completion, echo, lines, questions
 from support.cli import UserError
 
 

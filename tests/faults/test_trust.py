@@ -8,11 +8,11 @@ import shutil
 import harness
 import pytest
 import torch
-from chat_server import KEY
-from conftest import save_llava15
 from test_kill import job  # noqa: F401
 
 import train
+from chat_server import KEY
+from conftest import save_llava15
 from construct import contrast, review
 from support.cli import UserError
 from vlm.load import load_adapter, load_model
