@@ -78,7 +78,7 @@ def new_model(size, device):
 def new_processor(size):
     """The tiny world's, whose tokens are words: a text has exactly the tokens asked for."""
     _, processor = load_processor(TINY_MODEL)
-    processor.patch_size = PATCH
+    processor.patch_size, processor.tokenizer.model_max_length = PATCH, 4096
     processor.image_processor.size = {"shortest_edge": size.pixels}
     processor.image_processor.crop_size = {"height": size.pixels, "width": size.pixels}
     return processor
