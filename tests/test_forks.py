@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -40,8 +41,11 @@ def patched(folder, names):
     folder.mkdir(exist_ok=True)
     shutil.copy(ROOT / "symmpo.py", folder)
     for name in names:
-        command = ["git", "apply", str(FORKS / f"{name}.patch")]
-        subprocess.run(command, cwd=folder, check=True, env={"GIT_CEILING_DIRECTORIES": "/"})
+        if f'    "{name}": Objective(' in (ROOT / "symmpo.py").read_text():
+            continue  # this checkout has the patch already
+        command = ["git", "apply", FORKS / f"{name}.patch"]
+        outside = {**os.environ, "GIT_CEILING_DIRECTORIES": str(folder.parent)}
+        subprocess.run(command, cwd=folder, check=True, env=outside)
     return folder / "symmpo.py"
 
 

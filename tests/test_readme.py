@@ -1,175 +1,161 @@
-"""What the README claims is checked: line counts, commands, defaults, and the diff it shows."""
+"""What README.md and docs/ claim is checked: commands, options, defaults, links, figures."""
 
-import ast
-import io
 import json
 import re
-import shutil
 import subprocess
 import sys
-import tokenize
 
 import pytest
+import torch
 
 import symmpo
 import train
 from conftest import ROOT
+from docs import method
+from tiny.table import markdown
 
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+RESULTS = ROOT / "speed" / "results"
+COMMANDS = (  # whose --help is asked
+    "train.py",
+    "data.py",
+    "evaluate.py",
+    "-m construct.contrast",
+    "-m construct.responses",
+    "-m construct.review",
+    "-m tiny.make",
+    "-m tiny.table",
+    "-m speed",
+)
+OF_OTHERS = {
+    "nproc_per_node",
+    "nnodes",
+    "rdzv-backend",
+    "rdzv-endpoint",
+    "target",
+}  # torchrun's, SimPO's
 
 
-def code_lines(path):
-    """Lines that carry code: neither blank, nor comment, nor docstring."""
-    source, lines, documentation = path.read_text(), set(), set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(
-            node
-        ):
-            documentation.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    skip = (
-        tokenize.COMMENT,
-        tokenize.NL,
-        tokenize.NEWLINE,
-        tokenize.INDENT,
-        tokenize.DEDENT,
-        tokenize.ENDMARKER,
-    )
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type not in skip:
-            lines.update(range(token.start[0], token.end[0] + 1))
-    return len(lines - documentation)
+def page(name):
+    return " ".join((ROOT / "docs" / name).read_text().split())
 
 
-def test_reading_order_counts():
-    rows = re.findall(r"^\| `(\S+\.py)` \| (\d+) \| (\d+) \|", README, re.M)
-    assert [name for name, *_ in rows[:4]] == ["symmpo.py", "data.py", "train.py", "evaluate.py"]
-    for name, lines, code in rows:
-        path = ROOT / name
-        counted = len(path.read_text().splitlines()), code_lines(path)
-        assert counted == (int(lines), int(code)), name
+@pytest.fixture(scope="module")
+def options():
+    """{command: the options in its --help}"""
+    started = {}
+    for command in COMMANDS:
+        full = [sys.executable, *command.split(), "--help"]
+        started[command] = subprocess.Popen(full, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    found = {}
+    for command, process in started.items():
+        text, _ = process.communicate()
+        assert process.returncode == 0, command
+        found[command] = set(re.findall(r"--([a-z0-9-]+)", text))
+    return found
 
 
-@pytest.mark.parametrize("name", ["symmpo.py", "data.py", "train.py", "evaluate.py", "respond.py"])
-def test_house_style(name):
-    source = (ROOT / name).read_text()
-    assert max(map(len, source.splitlines())) <= 100
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.FunctionDef):
-            limit = 120 if node.name == "train" else 60
-            assert node.end_lineno - node.lineno < limit, node.name
+def commands_of(text):
+    """The commands in code blocks, continued lines joined."""
+    for block in re.findall(r"^```\n(.*?)^```", text, re.S | re.M):
+        for line in block.replace("\\\n", " ").splitlines():
+            if re.search(r"\b(python|torchrun) ", line):
+                yield line.split("#")[0]
 
 
-def test_the_new_objective_applies_and_trains(tmp_path, llava, prefs):
-    diff = re.search(r"```diff\n(.*?)```", README, re.S)[1]
-    assert len(re.findall(r"^\+(?!\+\+)", diff, re.M)) < 17
-    for name in ("symmpo.py", "train.py", "data.py", "evaluate.py", "respond.py"):
-        shutil.copy(ROOT / name, tmp_path / name)
-    shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks")
-    for part in re.split(r"^--- a/", diff, flags=re.M)[1:]:
-        target = tmp_path / part.split("\n")[0]
-        for hunk in re.split(r"^@@\n", part, flags=re.M)[1:]:
-            lines = [line or " " for line in hunk.removesuffix("\n").split("\n")]
-            old, new = (
-                "\n".join(line[1:] for line in lines if line[0] in kind) for kind in (" -", " +")
-            )
-            source = target.read_text()
-            assert source.count(old) == 1, old
-            target.write_text(source.replace(old, new))
-    done = subprocess.run(
-        [
-            sys.executable,
-            tmp_path / "train.py",
-            "--model",
-            llava,
-            "--data",
-            prefs,
-            "--objective",
-            "ipo",
-            "--steps",
-            "2",
-            "--batch-size",
-            "4",
-            "--lora-r",
-            "4",
-            "--out",
-            tmp_path / "run",
-            "--cache",
-            tmp_path / "cache",
-        ],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    losses = [line["loss"] for line in train.read_metrics(tmp_path / "run")]
-    assert losses[0] == pytest.approx((1 / (2 * 0.1)) ** 2)  # rho = 0: 25
+def test_readme_is_short():
+    assert len(README) <= 9000
 
 
-def test_commands_and_defaults_are_the_real_ones():
-    names = {action.option_strings[0] for action in train.options()._actions}
-    for command in re.findall(r"^(?:torchrun|python) .*train\.py.*$", README, re.M):
-        flags = re.findall(r" (--[a-z-]+)", command.split("train.py")[1])
-        assert set(flags) <= names, command
-    flags = "lam|gamma|eta|anchors|resume|skip-bad|no-share-prefix"
-    for flag in re.findall(rf"`(--(?:{flags}))", README):
-        assert flag in names
-    args = train.parse_args(["--model", "m", "--data", "d"])
-    w = symmpo.OBJECTIVES["symmpo"][1]
-    assert (w["beta"], w["lam"], w["gamma"], w["eta"], w["delta"]) == (0.1, 0.5, 1e-4, 1.0, 0.0)
-    assert (
-        args.batch_size,
-        args.epochs,
-        args.lr,
-        args.warmup,
-        args.weight_decay,
-        args.clip,
-        args.lora_r,
-        args.lora_alpha,
-        args.lora_dropout,
-    ) == (64, 2, 5e-6, 0.05, 0.01, 1.0, 128, 256, 0.0)
-    for text in ("batch 64, 2 epochs", "rate 5e-6", "rank 128 and alpha 256", "weight decay\n0.01"):
-        assert text in README
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    for link in re.findall(r"\]\(((?!http)[^)#\s]+)\)", path.read_text()):
+        assert (path.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_commands_and_options_exist(path, options):
+    text = path.read_text()
+    for line in commands_of(text):
+        command = next((c for c in COMMANDS if c in line), None)
+        if command is not None:
+            given = set(re.findall(r" --([a-z0-9_-]+)", line)) - OF_OTHERS
+            assert given <= options[command], line
+        script = re.search(r"python (\S+\.py)", line)
+        assert not script or (ROOT / script[1]).exists(), line
+    every = set.union(*options.values()) | OF_OTHERS
+    assert set(re.findall(r"`[^`\n]*--([a-z0-9_-]+)[^`\n]*`", text)) <= every
+
+
+def test_readme_shows_objectives_that_exist():
+    shown = re.findall(r"^\| `([a-z][a-z-]+)` \|", README, re.M)
+    assert len(shown) == 6 and set(shown) <= set(symmpo.OBJECTIVES)
+
+
+def test_defaults_are_those_of_the_table():
+    rows = re.findall(r"^\| (.+?) \| (.+?) \|", (ROOT / "docs" / "design.md").read_text(), re.M)
+    table = dict(rows)
+    paper, mdpo = symmpo.weights_of("symmpo", {}), symmpo.weights_of("mdpo", {})
+    options = train.Options()
+    for label, values in {
+        "β, δ": f"{paper.beta}, {paper.delta:g}",
+        "λ, γ, η of symmpo": f"{paper.lam}, 1e-4, {paper.eta:g}",
+        "λ, η of mdpo": f"{mdpo.lam:g}, {mdpo.eta:g}",
+        "batch, epochs": f"{options.batch_size}, {options.epochs:g}",
+        "learning rate": "5e-6",
+        "schedule": f"cosine, {options.warmup:.0%} warm-up".replace("%", " %"),
+        "weight decay, clip": f"{options.weight_decay}, {options.clip}",
+        "LoRA dropout": f"{options.lora_dropout:g}",
+        "max length": f"{options.max_length:,} tokens",
+    }.items():
+        assert table[label] == values
+    assert table["LoRA rank, alpha"].startswith(f"{options.lora_r}, {options.lora_alpha} ")
+    assert (paper.gamma, options.lr) == (1e-4, 5e-6)
 
 
 def test_results_are_the_measured_ones():
-    assert (ROOT / "docs" / "tiny_table.md").read_text() in README
+    found = json.loads((ROOT / "docs" / "tiny_table.json").read_text())
+    whole = markdown(found["table"], found["rates"])
+    assert whole in (ROOT / "docs" / "results.md").read_text()
+    heading, _, *lines = whole.splitlines()
+    columns = [name.strip() for name in heading.split("|")]
+    for row in re.findall(r"^\| (?:base|SFT|DPO|mDPO|SymMPO) \|.*$", README, re.M):
+        name, *values = [cell.strip() for cell in row.strip("|").split("|")]
+        cells = next(line for line in lines if line.startswith(f"| {name} |")).split("|")
+        for column, value in zip(SHOWN, values, strict=True):
+            assert cells[columns.index(column)].strip() == value
 
 
-def test_pins_are_exact_and_links_lead_somewhere():
-    for line in (ROOT / "requirements.txt").read_text().split():
-        assert re.fullmatch(r"[a-z0-9-]+==[\d.]+", line)
-    for link in re.findall(r"\]\(((?!http)[^)#]+)\)", README):
-        assert (ROOT / link).exists(), link
+SHOWN = ("AMBER Acc ↑", "CHAIR ↓", "Cover ↑", "CHAIR T=1 ↓", "Cover T=1 ↑")
 
 
 def test_speed_figures_are_the_measured_ones():
-    """Every ratio and size in the README's side-by-side tables stands in bench_results/."""
-    text = README[README.index("**Side by side**") : README.index("**Distance to the limit.**")]
-    results = [json.loads(path.read_text()) for path in (ROOT / "bench_results").glob("*.json")]
-    measured = {
-        f"{row['ratio'][0]:.2f}"
-        for found in results
-        for part in ("ladder", "trl")
-        for row in found.get(part, {}).get("rows", [])
-    }
-    measured |= {
-        f"{row['predicted ratio']:.2f}"
-        for found in results
-        for row in found.get("ladder", {}).get("rows", [])
-    }
-    mib = {
-        f"{row['MiB']:,.0f}" for found in results for row in found.get("memory", {}).get("rows", [])
-    }
+    """Every ratio and size in the side-by-side tables stands in speed/results."""
+    text = (ROOT / "docs" / "speed.md").read_text()
+    text = text[text.index("## Side by side") : text.index("For the full 7B")]
+    results = [json.loads(path.read_text()) for path in RESULTS.glob("*.json")]
+    measured, mib = set(), set()
+    for found in results:
+        for part in ("ladder", "trl"):
+            for row in found.get(part, {}).get("rows", []):
+                measured.add(f"{row['ratio'][0]:.2f}")
+                measured.add(f"{row.get('predicted ratio', 1):.2f}")
+        for row in found.get("memory", {}).get("rows", []):
+            mib.add(f"{row['MiB']:,.0f}")
     ratios = re.findall(r"\| \**(\d\.\d\d)\**(?= )", text)
-    text = text[text.index("| peak memory") :]
-    sizes = re.findall(r"\| ([\d,]*\d)(?=,? )", text)
+    sizes = re.findall(r"\| ([\d,]*\d)(?=,? )", text[text.index("| peak memory") :])
     assert len(ratios) >= 16 and set(ratios) <= measured, set(ratios) - measured
     assert len(sizes) == 8 and set(sizes) <= mib, set(sizes) - mib
+    for figure in ("3.59 times", "3.1 times less memory", "2.47 times"):
+        assert figure in " ".join(README.split())
+        assert figure.split()[0] in text
 
 
 def test_limit_and_scale_figures_are_the_measured_ones():
-    text = " ".join(README[README.index("**Distance to the limit.**") :].split())
+    text = page("speed.md")
     quick, mid, wide, scale = (
-        json.loads((ROOT / "bench_results" / f"{name}.json").read_text())[part]
+        json.loads((RESULTS / f"{name}.json").read_text())[part]
         for name, part in [
             ("ladder-trl-memory-floor-quick", "floor"),
             ("floor-mid", "floor"),
@@ -180,9 +166,8 @@ def test_limit_and_scale_figures_are_the_measured_ones():
     shares = mid["time shares by operator"]
     products = sum(v for k, v in shares.items() if k in ("mm", "addmm", "bmm"))
     attention = sum(v for k, v in shares.items() if "attention" in k)
-    times, memory = zip(
-        *(scale["steps"][axis]["exponent"] for axis in ("responses", "image tokens", "batch"))
-    )
+    exponents = [scale["steps"][axis]["exponent"] for axis in AXES]
+    times, memory = zip(*exponents)
     last = scale["rows"][-1]
     for claim in (
         f"{quick['fraction'][0]:.2f} (quick), {mid['fraction'][0]:.2f} (mid-size",
@@ -196,3 +181,24 @@ def test_limit_and_scale_figures_are_the_measured_ones():
         f"and {times[2]} in batch, memory with {memory[0]}, {memory[1]} and {memory[2]}",
     ):
         assert claim in text, claim
+
+
+AXES = ("responses", "image tokens", "batch")
+
+
+def test_the_picture_joins_two_images_where_z_stays():
+    """In the method's picture: which cells stand in one sigmoid, by image."""
+
+    def joined(name, term):
+        curvature = torch.autograd.functional.hessian(method.loss_of(name, term), torch.zeros(9))
+        pairs = curvature.triu(diagonal=1).nonzero().tolist()
+        return [(a // 3, b // 3) for a, b in pairs]
+
+    assert joined("symmpo", "dpo") == [(symmpo.M, symmpo.M)]
+    assert joined("symmpo", "pair") == [(symmpo.M, symmpo.M), (symmpo.MP, symmpo.MP)]
+    assert joined("mdpo", "copo") == [(symmpo.M, symmpo.MP)]
+
+
+def test_pins_are_exact():
+    for line in (ROOT / "requirements.txt").read_text().split():
+        assert re.fullmatch(r"[a-z0-9-]+==[\d.]+", line)
