@@ -146,7 +146,7 @@ def prepare(options):
     options.check()
     rank, world, options.device = processes.start(options.device)
     torch.manual_seed(options.seed)
-    examples = Examples(options.data, None, options)
+    examples = Examples(options.data, None, options)  # opened only: records are read when needed
     if options.steps == 0:
         steps_per_epoch = math.ceil(len(examples) / options.batch_size)
         options.steps = math.ceil(steps_per_epoch * options.epochs)
@@ -162,20 +162,25 @@ def prepare(options):
         )
     examples.prompts = Prompts(processor, prompt_format(model.config, options.prompt_format))
 
+    # Held-out records are read now and kept, so that a bad one is named before the first step.
     left_out, held_out = {}, []
     if options.eval_data:
         every = Examples(options.eval_data, examples.prompts, options)
         held_out = every.usable([every[i] for i in range(len(every))], left_out)
 
+    # A reference cache belongs to weights, architecture, precision and device: log-probs of equal
+    # tokens differ a little between devices, and rho must be 0 at the start.
     base, weights = fingerprint(model), options.weights()
     device = options.device.split(":")[0]
     cache = f"{base}-{config_hash(model)}-{options.dtype}-{device}.sqlite"
 
+    # What a checkpoint is checked against: resuming with another rate would be another run.
     identity = dataclasses.asdict(options) | dataclasses.asdict(weights)
     for name in MAY_CHANGE:
         del identity[name]
     identity |= {"base": base, "format": examples.prompts.form, "records": len(examples)}
 
+    # The adapter's output starts at 0 (its B is 0), so the policy starts as the reference.
     lora = options.lora_r, options.lora_alpha, options.lora_dropout
     policy = add_lora(model, *lora, options.grad_checkpointing)
     return Run(
@@ -195,7 +200,11 @@ def prepare(options):
 
 
 def policy_table(run, rows, records):
-    """(3, 3, records) log-probs, nats, of whatever the adapter makes of the model now."""
+    """(3, 3, records) log-probs, nats, of whatever the adapter makes of the model now.
+
+    With the adapter on this is log pi_theta, with gradients; `reference_table` calls it with the
+    adapter off. One function for both, so that they cannot differ in anything else.
+    """
     from peft.helpers import disable_input_dtype_casting
 
     options = run.options
@@ -217,13 +226,13 @@ def reference_table(run, rows, keys, use_cache=True):
 
     keys: for each record a hash of all that the model sees of it.
     """
-    tables = {}
+    tables = {}  # key: (3, 3) log-probs, NaN in the cells that the objective does not read
     if use_cache:
         tables = {key: run.cache.get(key) for key in keys}
     new = [row for row in rows if tables.get(keys[row.record]) is None]
     if new:
         with torch.no_grad(), run.policy.disable_adapter():
-            computed = policy_table(run, new, len(keys)).cpu()
+            computed = policy_table(run, new, len(keys)).cpu()  # (3, 3, records)
         for record in {row.record for row in new}:
             tables[keys[record]] = computed[:, :, record]
         run.cache.put({key: tables[key] for key in keys})
@@ -235,7 +244,7 @@ def loss_table(run, examples):
     rows, keys = rows_of(examples)
     if not run.options.no_share_prefix:
         add_image_features(run.policy, rows)  # of the frozen tower: once for both tables
-    policy = policy_table(run, rows, len(keys))
+    policy = policy_table(run, rows, len(keys))  # (3, 3, records)
     reference = torch.full_like(policy, math.nan)
     if run.objective.reference:
         reference = reference_table(run, rows, keys)
@@ -271,6 +280,8 @@ def verify(run, example, at_start):
     if not run.objective.reference:
         print(f"step 0      {run.options.objective} reads no reference: nothing to compare")
         return
+    # Sums of log-probs in bf16 may differ by a part of a nat from one machine to the next; another
+    # model or another template is off by far more.
     rows, keys = rows_of([example])
     fresh = reference_table(run, rows, keys, use_cache=False)
     cached = reference_table(run, rows, keys)
@@ -354,6 +365,7 @@ def train(options):
                 lr = learning_rate(step, options)
                 optimizer.param_groups[0]["lr"] = lr
 
+                # Gradients of the sum of the losses, micro-batch after micro-batch.
                 totals, numbers = forward_and_backward(run, batches, step, stop)
                 totals = processes.add_up(totals)
                 if totals["stop"]:
@@ -367,6 +379,7 @@ def train(options):
                 for p in parameters:
                     p.grad /= totals["records"]
                 norm = torch.nn.utils.clip_grad_norm_(parameters, options.clip).item()
+                # A NaN would spread into the adapter with this step: stop while it is still whole.
                 if not math.isfinite(totals["loss"] + norm):
                     done = step
                     raise UserError(
@@ -397,7 +410,10 @@ def train(options):
 
 
 def learning_rate(step, options):
-    """Linear warm-up, then half a cosine down to 0."""
+    """Linear warm-up, then half a cosine down to 0.
+
+    A function of the step alone: a resumed run needs no scheduler's state.
+    """
     warm = max(1, round(options.warmup * options.steps))
     if step < warm:
         return options.lr * (step + 1) / warm
@@ -412,6 +428,7 @@ def forward_and_backward(run, batches, step, stop):
     alike; the mean is taken once, in the loop, by the number of records there really were.
     """
     totals, numbers = Counter(), []
+    # Process r of n takes every n-th record of the step, so that n does not change the batch.
     mine = records_of_step(step, len(run.examples), run.options)[run.rank :: run.world]
     for _ in range(math.ceil(len(mine) / run.options.micro_batch)):
         if stop.received:
@@ -423,7 +440,7 @@ def forward_and_backward(run, batches, step, stop):
         if not examples:
             continue
         loss, metrics = compute_loss(run, examples)
-        loss.sum().backward()
+        loss.sum().backward()  # adds to .grad; the graph is freed, and with it the memory
         numbers += [example.number for example in examples]
         totals["records"] += len(examples)
         for example in examples:
@@ -450,7 +467,7 @@ def evaluate_held_out(run):
     """{"eval/name": mean} over the held-out records of all processes, and two greedy samples."""
     if not run.held_out:
         return {}
-    run.policy.eval()
+    run.policy.eval()  # dropout off, where there is any
     totals = Counter()
     with torch.no_grad():
         for example in run.held_out[run.rank :: run.world]:
