@@ -11,8 +11,8 @@ A record is one JSON object a line; image paths are relative to the file:
      "contrast_image": "img/9.jpg", "contrast_chosen": "..."}
 
 `rejected` is read by dpo, mdpo and symmpo; `contrast_image` by copo, mdpo and symmpo (when absent,
-copo and mdpo draw a crop of the image, once, from a seed); `contrast_chosen` by symmpo. Three
-published shapes are read as well: see `normalise`.
+copo and mdpo draw a crop of the image, once, from a seed); `contrast_chosen` by symmpo. Published
+layouts are read as well (support/formats.py), and any names through --fields.
 
 Departures from the published code: a record that is too long is refused, never cut; mDPO's crop is
 drawn once for each record, not again in every forward pass.
@@ -20,15 +20,12 @@ drawn once for each record, not again in every forward pass.
 
 import argparse
 import hashlib
-import json
 import math
 import os
 import random
+import re
 import sys
-from array import array
-from bisect import bisect_right
 from dataclasses import dataclass, field
-from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -36,183 +33,20 @@ from tqdm import tqdm
 
 from support import processes
 from support.cli import UserError, run_command, within
+from support.formats import IMAGES, RESPONSES
 from support.images import crop, open_image
+from support.records import Records, add_data_options
 from support.reference import key_of
 from symmpo import NONE, OBJECTIVES
 from vlm.logprobs import Row
 
-IMAGES = ("image", "contrast_image")  # the fields behind the table's images m and m'
-RESPONSES = ("chosen", "rejected", "contrast_chosen")  # behind its responses y_w, y_l and y'_w
+MOST_BAD = 0.1  # share of the records that --skip-bad leaves out before it asks for a look
 
-# --- records -------------------------------------------------------------------------------------
-
-
-class JsonLines:
-    """The objects of a JSONL file by number. Memory: 16 bytes each, however long the lines."""
-
-    KIND = "JSON"
-
-    def __init__(self, path):
-        self.path, self.starts, self.numbers = path, array("q"), array("q")
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.isspace():
-                    self.starts.append(file.tell() - len(line))
-                    self.numbers.append(number)
-
-    def __len__(self):
-        return len(self.starts)
-
-    def source(self, i):
-        return f"{self.path}:{self.numbers[i]}"
-
-    def read(self, i):
-        with open(self.path, "rb") as file:
-            file.seek(self.starts[i])
-            return json.loads(file.readline())
+# --- rows ----------------------------------------------------------------------------------------
 
 
-class Parquet:
-    """The rows of a parquet file by number. Memory: one row group, the one read last."""
-
-    KIND = "parquet"
-
-    def __init__(self, path):
-        import pyarrow.parquet
-
-        self.path, self.file = path, pyarrow.parquet.ParquetFile(path, memory_map=True)
-        groups = range(self.file.num_row_groups)
-        sizes = [self.file.metadata.row_group(g).num_rows for g in groups]
-        self.starts = [0, *accumulate(sizes)]  # first row of each group, and the end
-        self.loaded = None  # (number, table) of a group
-
-    def __len__(self):
-        return self.starts[-1]
-
-    def source(self, i):
-        return f"{self.path}: row {i + 1}"
-
-    def read(self, i):
-        group = bisect_right(self.starts, i) - 1
-        if self.loaded is None or self.loaded[0] != group:
-            self.loaded = group, self.file.read_row_group(group)
-        return self.loaded[1].slice(i - self.starts[group], 1).to_pylist()[0]
-
-
-class Records:
-    """A file's records in the form above, each with its `source` ("file:line") and its `root`, the
-    folder where image paths start. A broken line is an error when it is asked for."""
-
-    def __init__(self, path):
-        self.root = Path(path).parent
-        try:
-            self.file = Parquet(path) if Path(path).suffix == ".parquet" else JsonLines(path)
-        except Exception as error:  # pyarrow has many kinds
-            raise UserError(f"{path}: {error}") from error
-        if len(self) == 0:
-            raise UserError(f"{path}: the file has no records")
-
-    def __len__(self):
-        return len(self.file)
-
-    def __getitem__(self, i):
-        raw = self.raw(i)
-        source = self.file.source(i)
-        try:
-            record = normalise(raw)
-        except (ValueError, TypeError, LookupError, RecursionError) as error:
-            raise UserError(
-                f"{source}: not a record (`python data.py --help` shows one): {error}"
-            ) from error
-        return {**record, "source": source, "root": self.root}
-
-    def raw(self, i):
-        """Record i as it stands in the file."""
-        if not 0 <= i < len(self):
-            raise IndexError(i)  # which ends a for loop
-        try:
-            raw = self.file.read(i)
-        except Exception as error:  # JSON, recursion, pyarrow
-            raise UserError(
-                f"{self.file.source(i)}: not valid {self.file.KIND}: {error}"
-            ) from error
-        if not isinstance(raw, dict):
-            kind = type(raw).__name__
-            raise UserError(f"{self.file.source(i)}: not a JSON object but {kind}")
-        return raw
-
-
-def normalise(raw):
-    """A record of any known shape in the form above; ValueError, KeyError, ... if it is none."""
-    if "resp_1_w" in raw:  # the published SymMPO parquet files
-        found = {
-            "image": raw["image_1"],
-            "contrast_image": raw.get("image_2"),
-            "prompt": raw["question"],
-            "chosen": raw["resp_1_w"],
-            "rejected": raw.get("resp_1_l"),
-            "contrast_chosen": raw.get("resp_2_w"),
-        }
-    elif "text" in raw and "chosen" not in raw:  # RLHF-V: question and answers as JSON in a field
-        answers = json_object("text", raw["text"])
-        found = {**raw, **answers, "prompt": answers.get("question")}
-    elif isinstance(raw.get("chosen"), list):  # TRL's messages; the prompt may stand in chosen, too
-        question = raw.get("prompt") or raw["chosen"][:-1]
-        if len(question) != 1:
-            raise ValueError("the prompt must be one user turn")
-        found = {
-            "image": the_only_image(raw),
-            "prompt": last_message(question),
-            "chosen": last_message(raw["chosen"]),
-        }
-        if raw.get("rejected"):
-            found["rejected"] = last_message(raw["rejected"])
-    else:  # the form above; RLAIF-V says question for prompt
-        found = {"prompt": raw.get("question"), **raw, "image": the_only_image(raw)}
-
-    record = {}
-    for name in (*IMAGES, "prompt", *RESPONSES):
-        value = found.get(name)
-        if value is None and name in ("image", "prompt", "chosen"):
-            raise ValueError(f"the field {name} is missing")
-        if value is not None:
-            record[name] = value if name in IMAGES else clean_text(name, value)
-    return record
-
-
-def json_object(name, text):
-    """The object that a field holds as JSON."""
-    found = json.loads(text) if isinstance(text, str) else None
-    if not isinstance(found, dict):
-        raise ValueError(f"the field {name} holds no JSON object")
-    return found
-
-
-def the_only_image(raw):
-    """The image of a record that may have a list of them."""
-    images = raw.get("image", raw.get("images"))
-    if not isinstance(images, list):
-        return images
-    if len(images) != 1:
-        raise ValueError(f"{len(images)} images; there must be one")
-    return images[0]
-
-
-def last_message(messages):
-    """The text of the last turn of a conversation; a text is its own."""
-    if isinstance(messages, str):
-        return messages
-    content = messages[-1]["content"]
-    if isinstance(content, list):
-        content = "".join(part["text"] for part in content if part["type"] == "text")
-    return content
-
-
-def clean_text(name, value):
-    """The text without white space around it; ValueError when nothing is left."""
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"the field {name} is empty, or no text: {value!r:.40}")
-    return value.encode("utf-8", "replace").decode().strip()  # no unpaired surrogates
+class MissingField(UserError):
+    """The record is whole, but the objective needs more than it has."""
 
 
 def missing_fields(record, cells):
@@ -224,7 +58,9 @@ def missing_fields(record, cells):
     return sorted(needed - record.keys())
 
 
-# --- rows ----------------------------------------------------------------------------------------
+def usable_by(record):
+    """The names of the objectives that a record can serve."""
+    return [name for name, o in OBJECTIVES.items() if not missing_fields(record, o.cells)]
 
 
 def build_rows(record, prompts, cells, seed=0, max_length=2048, allow_outside=True):
@@ -236,7 +72,11 @@ def build_rows(record, prompts, cells, seed=0, max_length=2048, allow_outside=Tr
     source = record["source"]
     missing = missing_fields(record, cells)
     if missing:
-        raise UserError(f"{source}: the objective needs the field {', '.join(missing)}")
+        serves = ", ".join(usable_by(record))
+        raise MissingField(
+            f"{source}: the objective needs the field {', '.join(missing)}; this record can serve "
+            f"{serves} (--objective)"
+        )
     rows = []
     for image_number in sorted({image for image, _ in cells}):
         own = [(image, response) for image, response in cells if image == image_number]
@@ -284,7 +124,9 @@ class Examples(torch.utils.data.Dataset):
     """A file's records, tokenised, with their pixels. Read ahead by worker processes."""
 
     def __init__(self, path, prompts, options):
-        self.records, self.prompts, self.options = Records(path), prompts, options
+        self.records = Records(path, options.image_root, options.fields)
+        self.prompts, self.options = prompts, options
+        self.tried = self.bad = 0  # records
         self.cells = OBJECTIVES[options.objective].cells
 
     def __len__(self):
@@ -306,8 +148,11 @@ class Examples(torch.utils.data.Dataset):
             return Example(i, error=error)
 
     def usable(self, examples, left_out):
-        """Those without an error. The others end the run, or with --skip-bad go to `left_out`."""
+        """Those without an error. The others end the run, or with --skip-bad go to `left_out`; a
+        field that the objective needs ends it either way, since the record is not bad."""
         for example in examples:
+            if isinstance(example.error, MissingField):
+                raise example.error
             if example.error and not self.options.skip_bad:
                 raise UserError(
                     f"{example.error}\n--skip-bad goes on without such records; "
@@ -315,6 +160,14 @@ class Examples(torch.utils.data.Dataset):
                 )
             if example.error:
                 left_out[str(example.error)] = example.number
+                self.bad += 1
+        self.tried += len(examples)
+        if self.tried >= 20 and self.bad > MOST_BAD * self.tried:
+            raise UserError(
+                f"{self.bad} of {self.tried} records of {self.options.data} are bad, too many for "
+                f"--skip-bad: `python data.py check {self.options.data}` shows why; train on a "
+                "file without them"
+            )
         return [example for example in examples if not example.error]
 
 
@@ -398,44 +251,167 @@ def nearest(vectors, groups, max_sim=1.0, block=256):
 # --- python data.py check ------------------------------------------------------------------------
 
 
+class Pairs:
+    """Counts the pairs from which nothing, or nothing clear, can be learned."""
+
+    def __init__(self):
+        self.seen = set()  # hashes of (image, prompt, chosen, rejected)
+        self.found = {}  # what: sources of the records
+        self.unread = set()  # fields of the records that no layout has
+
+    def add(self, record):
+        chosen, rejected = record["chosen"], record.get("rejected")
+        self.unread.update(record["unread"])
+        if chosen == rejected:
+            self.note("equal pairs, chosen = rejected", record)
+        if chosen == record.get("contrast_chosen"):
+            self.note("equal pairs, chosen = contrast_chosen", record)
+        image = record["image"]
+        if isinstance(image, dict):
+            image = hashlib.md5(image.get("bytes") or b"").hexdigest() + str(image.get("path"))
+        question = f"{image!r} {record['prompt']!r}"
+        one = hashlib.md5(f"{question} {chosen!r} {rejected!r}".encode()).digest()
+        other = hashlib.md5(f"{question} {rejected!r} {chosen!r}".encode()).digest()
+        if one in self.seen:
+            self.note("duplicates of an earlier record", record)
+        elif other in self.seen:
+            self.note("contradictory pairs: an earlier record has them the other way round", record)
+        self.seen.add(one)
+
+    def note(self, what, record):
+        self.found.setdefault(what, []).append(record["source"])
+
+    def lines(self):
+        return [f"{len(at):,} {what}: {places(at)}" for what, at in self.found.items()]
+
+
+def look_at_pairs(records, most=2_000):
+    """What a run says of its pairs before it starts, from the first records."""
+    pairs = Pairs()
+    for i in range(min(most, len(records))):
+        try:
+            pairs.add(records[i])
+        except UserError:
+            continue  # training names it
+    lines = [f"note        {line}" for line in pairs.lines()]
+    if pairs.unread:
+        names = ", ".join(sorted(pairs.unread))
+        lines.append(f"note        fields that are not read: {names} (--fields can name them)")
+    return lines
+
+
+def places(sources, shown=3):
+    """The first few of many."""
+    more = f" and {len(sources) - shown:,} more" if len(sources) > shown else ""
+    return ", ".join(sources[:shown]) + more
+
+
+def kind_of(message):
+    """A message without what differs from record to record: numbers, paths, quoted text."""
+    return re.sub(r"'[^']*'|\S*[\d/\\]\S*", "...", message)
+
+
+class Survey:
+    """What `check` finds out about the records, one after the other."""
+
+    def __init__(self, prompts, args):
+        self.prompts, self.args, self.pairs = prompts, args, Pairs()
+        self.faults = {}  # kind of message: [(source, message)]
+        self.usable_by = dict.fromkeys(OBJECTIVES, 0)
+        self.figures = {"width, pixels": [], "height, pixels": [], "length, tokens": []}
+        self.notes = {}  # what was taken off, is not read, has one colour: number of records
+        self.first, self.longest = None, None  # rows to show
+        self.most_tokens = 0
+
+    def add(self, i, record):
+        able = usable_by(record)
+        for name in IMAGES:
+            if name in record:
+                image = image_of(record, name, 0, self.args.allow_outside)
+                self.figures["width, pixels"].append(image.width)
+                self.figures["height, pixels"].append(image.height)
+                low_high = [low == high for low, high in image.getextrema()]
+                if all(low_high):
+                    self.count(f"{name}: a picture of one colour")
+        if self.prompts:
+            self.add_rows(i, record, able)
+        for name in able:
+            self.usable_by[name] += 1
+        for what in record["stripped"]:
+            self.count(f"prompt: {what} was taken off, the model's own is put around it")
+        for name in record["unread"]:
+            self.count(f"the field {name} is not read (--fields can name it)")
+        self.pairs.add(record)
+
+    def add_rows(self, i, record, able):
+        most = max((OBJECTIVES[name].cells for name in able), key=len)
+        rows = build_rows(record, self.prompts, most, max_length=math.inf)
+        lengths = [row.longest() for row in rows]
+        self.most_tokens = max(self.most_tokens, *lengths)
+        if max(lengths) > self.args.max_length:
+            raise UserError(f"{max(lengths)} tokens, more than --max-length {self.args.max_length}")
+        if i == self.args.show or (self.first is None and self.args.show is None):
+            self.first = rows
+        if max(lengths) > max(self.figures["length, tokens"], default=0):
+            self.longest = rows
+        self.figures["length, tokens"] += lengths
+
+    def count(self, what):
+        self.notes[what] = self.notes.get(what, 0) + 1
+
+    def lines(self, total):
+        bad = sum(len(found) for found in self.faults.values())
+        counts = ", ".join(f"{name} {count:,}" for name, count in self.usable_by.items())
+        lines = [f"{total:,} records, {bad:,} bad; usable by {counts}"]
+        lines += self.pairs.lines()
+        lines += [f"{count:,} records, {what}" for what, count in self.notes.items()]
+        for name, values in self.figures.items():
+            if values:
+                values.sort()
+                middle = values[len(values) // 2]
+                lines.append(f"{name}: min {values[0]}, median {middle}, max {values[-1]}")
+        if self.most_tokens > self.args.max_length:
+            lines.append(f"--max-length {self.most_tokens} would take all records")
+        return lines
+
+    def fault_lines(self):
+        """Each kind once, with its count and three places; with --all every message."""
+        for found in self.faults.values():
+            source, message = found[0]
+            if self.args.all or len(found) == 1:
+                yield from (f"bad: {source}: {message}" for source, message in found)
+            else:
+                at = places([source for source, _ in found])
+                yield f"bad: {len(found):,} times, at {at}: {message}"
+
+
 def check(args):
-    """`python data.py check`: every bad line with its reason; returns how many there are."""
-    records, prompts, rows = Records(args.data), None, []
+    """`python data.py check`: what a file holds; returns how many of its records are bad."""
+    records, prompts = Records(args.data, args.image_root, args.fields), None
     if args.model:
         from vlm.load import load_processor
         from vlm.prompts import Prompts, prompt_format
 
         config, processor = load_processor(args.model)
         prompts = Prompts(processor, prompt_format(config, args.prompt_format))
-    bad, usable_by = 0, dict.fromkeys(OBJECTIVES, 0)
-    figures = {"width, pixels": [], "height, pixels": [], "length, tokens": []}
+    survey = Survey(prompts, args)
     for i in tqdm(range(len(records)), desc="checking", unit=" records", disable=None):
+        source = records.source(i)
         try:
-            record = records[i]
-            able = [n for n, o in OBJECTIVES.items() if not missing_fields(record, o.cells)]
-            for name in IMAGES:
-                if name in record:
-                    image = image_of(record, name, 0, args.allow_outside)
-                    figures["width, pixels"].append(image.width)
-                    figures["height, pixels"].append(image.height)
-            if prompts:
-                most = max((OBJECTIVES[name].cells for name in able), key=len)
-                rows = build_rows(record, prompts, most, max_length=args.max_length)
-                figures["length, tokens"] += [row.longest() for row in rows]
-            for name in able:
-                usable_by[name] += 1
+            survey.add(i, records[i])
         except UserError as error:
-            bad += 1
-            tqdm.write(f"bad: {error}")
-    counts = ", ".join(f"{name} {count:,}" for name, count in usable_by.items())
-    print(f"{len(records):,} records, {bad:,} bad; usable by {counts}")
-    for name, values in figures.items():
-        if values:
-            values.sort()
-            print(f"{name}: min {values[0]}, median {values[len(values) // 2]}, max {values[-1]}")
-    if rows:
-        print(prompts.describe(rows[0]))
-    return bad
+            message = str(error).removeprefix(f"{source}: ")
+            survey.faults.setdefault(kind_of(message), []).append((source, message))
+    print("\n".join([*survey.fault_lines(), *survey.lines(len(records))]))
+    for rows in (survey.first, survey.longest):
+        if rows and (rows is survey.first or survey.longest is not survey.first):
+            print("\n".join(prompts.describe(row) for row in rows))
+    if args.page:
+        from construct.review import review
+
+        args.out, args.limit = args.page, 100
+        review(args)
+    return sum(len(found) for found in survey.faults.values())
 
 
 def main(argv=None):
@@ -444,11 +420,13 @@ def main(argv=None):
     )
     add = parser.add_argument
     add("command", choices=("check",))
-    add("data", help="prefs.jsonl or a parquet file")
+    add_data_options(parser)
     add("--model", help="also render and tokenise for this model (folder or hub name)")
     add("--prompt-format", choices=("auto", "vicuna", "chat"), default="auto")
     add("--max-length", type=within(1), default=2048, help="tokens (default 2048)")
-    add("--allow-outside", action="store_true", help="permit image paths out of the data's folder")
+    add("--show", type=within(0), help="show this record as the model sees it, counted from 0")
+    add("--all", action="store_true", help="every bad record, not each kind once")
+    add("--page", help="also write a page (.html) with images and responses side by side")
     bad = run_command(check, parser.parse_args(argv))
     sys.exit(1 if bad else 0)
 

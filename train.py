@@ -15,19 +15,17 @@ LoRA script: 0.05, at a rate of 5e-7); a record that does not fit --max-length i
 import dataclasses
 import json
 import math
-import random
 import sqlite3
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import symmpo
-from data import Examples, Records, image_of, read_ahead, records_of_step
+from data import Examples, image_of, look_at_pairs, read_ahead, records_of_step
 from support import processes
 from support.checkpoint import RunFolder
 from support.cli import UserError, check_numbers, option, parse, run_command
@@ -42,14 +40,16 @@ TINY = Path(__file__).resolve().parent / "tiny"
 # --- options --------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclasses.dataclass
 class Options(symmpo.Weights):
     """Every knob. The weights of the loss (beta, lam, ...) are inherited; one that is not given is
     the objective's own. Where each default comes from: docs/design.md."""
 
     # what
     model: str = option(None, "model folder or hub name; without it, the bundled tiny world")
-    data: str = option(None, "prefs.jsonl or parquet (`python data.py --help` has the form)")
+    data: str = option(None, "record file, folder of them, or quoted glob (docs/data.md)")
+    image_root: str = option(None, "folder where image paths start, if not the data file's")
+    fields: str = option(None, "names in the file: prompt=instruction,chosen=good,image=img_path")
     objective: str = option("symmpo", "the loss", tuple(symmpo.OBJECTIVES))
     out: str = option(None, "folder for this run; if not given, runs/OBJECTIVE-DATE-TIME")
     # loop
@@ -123,7 +123,7 @@ MAY_CHANGE = ("resume", "out", "save_every", "sample_every", "workers", "cache",
 # --- policy and reference -------------------------------------------------------------------------
 
 
-@dataclass
+@dataclasses.dataclass
 class Run:
     """What the loop works with. Policy and reference are the same weights: LoRA on and off."""
 
@@ -135,10 +135,11 @@ class Run:
     cache: ReferenceCache
     examples: Examples
     held_out: list  # of Example
+    samples: list  # held-out records that are answered now and then, for people to see
     identity: dict  # what makes it this run and no other
     rank: int  # which of torchrun's processes this is
     world: int  # how many there are
-    left_out: dict = field(default_factory=dict)  # {why: record number}
+    left_out: dict = dataclasses.field(default_factory=dict)  # {why: record number}
 
 
 def prepare(options):
@@ -163,16 +164,16 @@ def prepare(options):
     examples.prompts = Prompts(processor, prompt_format(model.config, options.prompt_format))
 
     # Held-out records are read now and kept, so that a bad one is named before the first step.
-    left_out, held_out = {}, []
+    left_out, held_out, samples = {}, [], []
     if options.eval_data:
         every = Examples(options.eval_data, examples.prompts, options)
         held_out = every.usable([every[i] for i in range(len(every))], left_out)
+        samples = [every.records[example.number] for example in held_out[:2]]
 
     # A reference cache belongs to weights, architecture, precision and device: log-probs of equal
     # tokens differ a little between devices, and rho must be 0 at the start.
     base, weights = fingerprint(model), options.weights()
-    device = options.device.split(":")[0]
-    cache = f"{base}-{config_hash(model)}-{options.dtype}-{device}.sqlite"
+    cache = f"{base}-{config_hash(model)}-{options.dtype}-{options.device.split(':')[0]}.sqlite"
 
     # What a checkpoint is checked against: resuming with another rate would be another run.
     identity = dataclasses.asdict(options) | dataclasses.asdict(weights)
@@ -192,6 +193,7 @@ def prepare(options):
         cache=ReferenceCache(Path(options.cache).expanduser() / cache),
         examples=examples,
         held_out=held_out,
+        samples=samples,
         identity=identity,
         rank=rank,
         world=world,
@@ -329,7 +331,7 @@ def say_hello(run, start):
         f"{options.warmup:g}, seed {options.seed}",
         f"output      {options.out}",
     ]
-    print("\n".join(lines))
+    print("\n".join([*lines, *look_at_pairs(run.examples.records)]))
     for number in records_of_step(start, len(run.examples), options):
         example = run.examples[number]
         if example.error is None:
@@ -348,6 +350,7 @@ def train(options):
     parameters = [p for p in run.policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay)
     done = start = folder.load(run.policy, optimizer, run.identity)
+    used = 0  # records of this run
     if run.rank == 0:
         folder.forget_metrics_after(start)
         say_hello(run, start)
@@ -359,9 +362,7 @@ def train(options):
             for step in range(start, options.steps):
                 began = time.time()
                 # Randomness (LoRA's dropout) by step and process: resuming needs no other state.
-                torch.manual_seed(
-                    random.Random(f"{options.seed} {step} {run.rank}").getrandbits(63)
-                )
+                torch.manual_seed(options.seed * 10**9 + step * 10**4 + run.rank)
                 lr = learning_rate(step, options)
                 optimizer.param_groups[0]["lr"] = lr
 
@@ -371,6 +372,7 @@ def train(options):
                 if totals["stop"]:
                     break  # a resumed run takes this step from its beginning
                 done = step + 1
+                used += totals["records"]
                 if not totals["records"]:
                     continue  # all were left out
 
@@ -401,8 +403,11 @@ def train(options):
                         folder.save(done, run.policy, optimizer, run.identity)
                 show(bar, line)
         except UserError:  # a bad record, or no finite loss, costs no finished work
-            folder.save(done, run.policy, optimizer, run.identity)
+            if used:
+                folder.save(done, run.policy, optimizer, run.identity)
             raise
+    if run.left_out and not used:
+        raise UserError(f"no usable record; look with `python data.py check {options.data}`")
     if run.rank == 0:
         folder.save(done, run.policy, optimizer, run.identity)
         folder.plot()
@@ -477,10 +482,8 @@ def evaluate_held_out(run):
     totals = processes.add_up(totals)
     found = {f"eval/{name}": value / totals["records"] for name, value in totals.items()}
 
-    every = Records(run.options.eval_data)
-    shown = [every[example.number] for example in run.held_out[:2]]
-    texts = [record["prompt"] for record in shown]
-    images = [image_of(record, "image", 0, run.options.allow_outside) for record in shown]
+    texts = [record["prompt"] for record in run.samples]
+    images = [image_of(record, "image", 0, run.options.allow_outside) for record in run.samples]
     answers = generate(run.policy, run.prompts, texts, images, max_new_tokens=128)
     found["samples"] = [f"{text} -> {answer}" for text, answer in zip(texts, answers)]
     run.policy.train()

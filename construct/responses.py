@@ -29,13 +29,13 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from construct.contrast import read_images
 from construct.review import figures, spread, template, words
-from data import IMAGES, RESPONSES
+from data import RESPONSES
 from support.chat import ReplyLog, ask_all, chat_message, digest
 from support.cli import UserError, run_command, within
 from support.files import write_lines
 from support.images import open_image
+from support.records import Records, add_data_options, with_files
 from vlm.generate import generate
 from vlm.load import fingerprint, load_model
 from vlm.prompts import Prompts, prompt_format
@@ -121,9 +121,9 @@ def anchor(drafts, args):
 
 def build(args):
     """The command: the five steps, the gates, and the files of good and bad records."""
-    root, given = read_images(args.data)
+    records = Records(args.data, args.image_root, args.fields, needed=("image",))
     Path(f"{args.out}.work").mkdir(parents=True, exist_ok=True)
-    drafts = [take_in(record, root, args) for record in tqdm(given, desc="images")]
+    drafts = [take_in(records, i, args) for i in tqdm(range(len(records)), desc="images")]
     for step in (caption, sample, sort_claims, rewrite, anchor):
         step([draft for draft in drafts if draft.reason is None], args)
     for draft in drafts:
@@ -146,27 +146,23 @@ def build(args):
         print(f"{name:32} (min, 5 %, median, 95 %, max)", *spread(values))
 
 
-def take_in(given, root, args):
-    """The draft of a given record. It is set aside if an image cannot be read, or is none of the
+def take_in(records, i, args):
+    """The draft of record i. It is set aside if it cannot be read, or if an image is none of the
     data folder's: images are sent to servers, and a record may come from anywhere."""
     models = {role: getattr(args, role) for role in SAMPLING}
-    draft = Draft({**given, "prompts_version": VERSION, "models": models})
+    draft = Draft({"prompts_version": VERSION, "models": models})
     record = draft.record
-    asked = record.get("prompt") or record.get("question")
-    record["prompt"] = asked or template("question.txt").render()
     try:
-        for name in IMAGES:
-            if not record.get(name):
-                continue
-            path = str(record[name])
-            open_image(path, root, args.allow_outside)
-            file = root / path
+        fields, files = with_files(records, i, f"{args.out}.work/given", args.allow_outside)
+        for name, file in files.items():
+            open_image(str(file))
             draft.images.append((str(file), hashlib.sha256(file.read_bytes()).hexdigest()))
-            record[name] = os.path.relpath(file, Path(args.out).parent)
+            fields[name] = os.path.relpath(file, Path(args.out).parent)
     except UserError as error:
         draft.reason = f"record: {error}"
-    if not isinstance(record["prompt"], str):
-        draft.reason = "record: the prompt is not text"
+        return draft
+    draft.record = {**fields, **record}
+    draft.record["prompt"] = fields.get("prompt") or template("question.txt").render()
     return draft
 
 
@@ -285,7 +281,7 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("data", help="records with image, contrast_image and perhaps prompt (.jsonl)")
+    add_data_options(parser)
     add("--out", required=True, help="the records (.jsonl); all replies are kept in OUT.work")
     tasks = {
         "captioner": "describes the images",
@@ -302,7 +298,6 @@ def main(argv=None):
     add("--max-side", type=within(1), default=1024, help="px of images sent (default 1024)")
     add("--concurrency", type=within(1), default=8, help="requests at a time (default 8)")
     add("--timeout", type=within(1, kind=float), default=120, help="seconds a request (120)")
-    add("--allow-outside", action="store_true", help="send images outside the data's folder, too")
     run_command(build, parser.parse_args(argv))
 
 

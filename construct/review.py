@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from construct.contrast import read_images
-from data import RESPONSES, Records
+from data import RESPONSES
 from support.chat import image_url
 from support.cli import run_command, within
 from support.images import open_image
+from support.records import Records, add_data_options
 
 
 @functools.cache
@@ -65,14 +65,15 @@ def marked(text, other):
 
 def review(args):
     """Write the page, with at most `limit` records, evenly spread over the file."""
-    root, given = read_images(args.data)
-    records = [{**raw, **record} for raw, record in zip(given, Records(args.data))]
+    source = Records(args.data, args.image_root, args.fields)
+    records = [{**source.raw(i), **source[i]} for i in range(len(source))]
     step = max(1, -(-len(records) // args.limit))  # rounded up
     shown = list(enumerate(records, 1))[::step]
     what = f"{len(shown):,} of {len(records):,} records"
 
-    def picture(image):
-        return image_url(open_image(image, root, args.allow_outside), max_side=480)
+    def picture(record, name):
+        image = open_image(record[name], record["root"], args.allow_outside)
+        return image_url(image, max_side=480)
 
     page = template("report.html").render(
         title=f"{Path(args.data).name}: {what}",
@@ -92,10 +93,9 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("data", help="prefs.jsonl")
+    add_data_options(parser)
     add("--out", required=True, help="the page (.html)")
     add("--limit", type=within(1), default=100, help="records shown (default 100)")
-    add("--allow-outside", action="store_true", help="show images outside the data's folder, too")
     run_command(review, parser.parse_args(argv))
 
 

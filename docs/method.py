@@ -25,18 +25,19 @@ RAISED, LOWERED = "#a8d5ba", "#efb8b0"
 
 def loss_of(name, term):
     """One term of an objective as a function of the nine log-ratios."""
-    weights = symmpo.weights_of(name, {})
-
-    def value(rho):
-        table = symmpo.Table(rho.view(3, 3, 1), logp=rho.view(3, 3, 1), length=torch.ones(3, 1))
-        return symmpo.loss_terms(name, table, weights)[term].sum()
-
-    return value
+    return lambda rho: terms_of(name, rho)[term].sum()
 
 
-def panel(axis, name, terms):
+def terms_of(name, rho):
+    table = symmpo.Table(rho.view(3, 3, 1), logp=rho.view(3, 3, 1), length=torch.ones(3, 1))
+    return symmpo.loss_terms(name, table, symmpo.weights_of(name, {}))
+
+
+def panel(axis, name):
     start, slope = torch.zeros(9), torch.zeros(9)
-    for term in terms:
+    for term, loss in terms_of(name, start).items():
+        if loss.sum() == 0:
+            continue  # Margin compares differences, whose Z is gone already
         slope += torch.autograd.functional.jacobian(loss_of(name, term), start)
         curvature = torch.autograd.functional.hessian(loss_of(name, term), start)
         for a, b in curvature.triu(diagonal=1).nonzero().tolist():
@@ -77,14 +78,8 @@ def main():
         axis.set(title=title, xticks=[], yticks=[])
         axis.set_xlabel(below[field], size=9)
     for axis, name in zip(axes[2:], SHOWN):
-        at_start = symmpo.loss_terms(name, zeros(), symmpo.weights_of(name, {}))
-        panel(axis, name, [term for term, loss in at_start.items() if loss.sum() > 0])
+        panel(axis, name)
     figure.savefig(ROOT / "docs" / "figures" / "method.png", dpi=110, metadata={"Software": None})
-
-
-def zeros():
-    rho = torch.zeros(3, 3, 1)
-    return symmpo.Table(rho, logp=rho, length=torch.ones(3, 1))
 
 
 if __name__ == "__main__":

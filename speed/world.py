@@ -45,7 +45,6 @@ SIZES = {
     "quick": Size(256, 4, 704, 8192, rank=8, tower=64, tower_layers=4),
     "mid": Size(1024, 8, 2752, 32064, rank=32, tower=256, tower_layers=6),
     "7b": Size(4096, 32, 11008, 32064, rank=128, tower=1024, tower_layers=24),
-    "13b": Size(5120, 40, 13824, 32064, rank=128, tower=1024, tower_layers=24),
 }
 
 # --- model and records ----------------------------------------------------------------------------

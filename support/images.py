@@ -1,15 +1,20 @@
 """Opening pictures that may be anything, and changing them: crops and the other contrast images
 that are made from an image itself. No file here knows what a model is."""
 
+import base64
 import io
 import os
+import re
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps, PngImagePlugin
 
 from support.cli import UserError
 
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # a long text chunk is no reason to refuse a picture
+BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
+FULL_SCALES = (1, 255, 1023, 4095, 16383, 65535)  # white of float, 8, 10, 12, 14 and 16 bits
 CROP, CROP_LARGE = (0.01, 0.2), (0.2, 0.5)  # share of the area that a crop keeps (mDPO Table 3)
 
 
@@ -22,26 +27,74 @@ def need_inside(path, root, allow_outside):
 
 
 def open_image(source, root=".", allow_outside=True):
-    """An RGB image, upright (EXIF), from a path relative to root, bytes, or {"bytes", "path"} as
-    parquet has it. Palette, CMYK, 16-bit and animated (first frame) files are converted."""
+    """An RGB image, upright (EXIF), from a path relative to root, bytes, base64 text, or {"bytes",
+    "path"} as Parquet has it. Palette, CMYK, transparent, 16-bit and animated (first frame) files
+    are converted."""
     if isinstance(source, dict):
         source = source.get("bytes") or source.get("path")
+    name = "the image's bytes"
+    if isinstance(source, str):
+        name = f"base64 text {source[:40]!r}..."
+        source = decoded(source)
     if isinstance(source, bytes):
-        name, file = "image bytes", io.BytesIO(source)
+        file = io.BytesIO(source)
     elif isinstance(source, str):
         name = file = os.path.join(root, source)
         if not os.path.isfile(file):
-            raise UserError(f"{file}: no such image file")
+            raise UserError(
+                f"{file:.200}: no such image file; paths start at the data file's folder, or at "
+                "--image-root DIR"
+            )
         need_inside(source, root, allow_outside)
     else:
         raise UserError(f"an image is a path or bytes, not {type(source).__name__}")
     try:
         with Image.open(file) as image:
-            if image.mode.startswith("I"):  # 16 bits a pixel: scale, since convert() would clip
-                image = image.convert("I").point(lambda v: v / 256).convert("L")
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # PIL's readers raise many kinds
-        raise UserError(f"{name}: not a readable image: {error}") from error
+        if b"git-lfs" in first_bytes(file):
+            raise UserError(
+                f"{name}: a Git LFS pointer, not the image: run `git lfs pull`"
+            ) from error
+        raise UserError(f"{name}: not a readable image: {str(error):.200}") from error
+
+
+def first_bytes(file):
+    if isinstance(file, io.BytesIO):
+        return b""
+    with open(file, "rb") as opened:
+        return opened.read(64)
+
+
+def decoded(text):
+    """The bytes of a data URI or of base64 text; a path stays as it is."""
+    if re.match(r"https?://", text):
+        raise UserError(f"{text:.100}: a web address; download the images and give their paths")
+    if text.startswith("file://"):
+        return text.removeprefix("file://")
+    is_data = text.startswith("data:")
+    if not is_data and not (len(text) > 100 and BASE64.fullmatch(text)):
+        return text
+    try:
+        return base64.b64decode(text.rpartition(",")[2])
+    except ValueError as error:
+        raise UserError(f"neither a path nor an image in base64: {text[:40]!r}...") from error
+
+
+def to_rgb(image):
+    """Transparency on white; more than 8 bits scaled by what is there, not by the container."""
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image, dtype=np.float64)
+        top = values.max()
+        full = next((full for full in FULL_SCALES if top <= full), top)
+        if image.mode.startswith("I") and top <= 1:
+            full = 255  # an integer picture that is nearly black, not a float one
+        return Image.fromarray(np.uint8((values.clip(0) * 255 / full).round())).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
 
 
 def crop(image, rng, keep=CROP):

@@ -202,7 +202,7 @@ def test_errors_name_the_place(folder, capsys):
     for args, message in [
         ([folder / "in.jsonl", "--kind", "crop"], "in.jsonl:3: "),
         ([folder / "gone.jsonl", "--kind", "crop"], "gone.png: no such image"),
-        ([folder / "none.jsonl", "--kind", "crop"], "No such file"),
+        ([folder / "none.jsonl", "--kind", "crop"], "none.jsonl: no such file"),
         ([folder / "empty", "--kind", "crop"], "no images"),
         ([folder, "--kind", "synthetic"], "synthetic.jsonl: "),
         (

@@ -172,8 +172,6 @@ def test_special_tokens_in_user_text_stay_text(prompts):
     answer = prompts.encode_response("one</s><s><image><pad> two")
     assert [i for i in answer if i in tokenizer.all_special_ids] == [tokenizer.eos_token_id]
     assert "two" in tokenizer.decode(answer)
-    for text in ("<image>\nWhat?", "What?\n<image>"):  # the placeholder of LLaVA-style records
-        assert prompts.plain(text) == "What?"
 
 
 @pytest.mark.parametrize(
@@ -289,7 +287,7 @@ def test_broken_images_are_named(tmp_path):
     Image.new("1", (30_000, 30_000)).save(tmp_path / "bomb.png")
     for name, reason in [
         ("cut.png", "not a readable image"),
-        ("text.jpg", "not a readable image"),
+        ("text.jpg", "Git LFS pointer"),
         ("bomb.png", "900000000 pixels"),
         ("none.png", "no such image"),
     ]:

@@ -1,14 +1,11 @@
 """The comparison at tiny size: its sides compute the same, its FLOPs are what is executed."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import ROOT
 from speed import __main__ as speed
 from speed.measure import Result, in_new_process, peak_of, proof
 from speed.sides import RUNGS, Side, prepare, step_memory
@@ -92,18 +89,14 @@ def test_memory_in_a_fresh_process(tmp_path):
     assert in_new_process(step_memory, "SymMPO, ours", tmp_path, "tiny", "cpu") > 1
 
 
-def test_command_line_ends_in_json():
-    command = [sys.executable, "-m", "speed", "--only", "floor", "--size", "tiny"]
-    command += ["--rounds", "2", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    last = json.loads(done.stdout.splitlines()[-1])
+def test_command_line_ends_in_json(capsys):
+    speed.main(["--only", "floor", "--size", "tiny", "--rounds", "2", "--json"])
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert list(last) == speed.SUMMARY.split()
     assert 0 < last["flop_floor_fraction"] < 1 and last["five_sequence_time_ratio"] is None
 
 
 def test_says_what_is_wrong_with_the_command():
-    command = [sys.executable, "-m", "speed", "--cuda", "--size", "tiny"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if not torch.cuda.is_available():
-        assert done.returncode == 2 and "finds no CUDA GPU" in done.stderr
+        with pytest.raises(UserError, match="finds no CUDA GPU"):
+            speed.main(["--cuda", "--size", "tiny"])

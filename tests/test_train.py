@@ -357,13 +357,13 @@ def test_non_finite_loss_names_the_records_and_saves(fit, tmp_path, capsys, monk
 
 def test_bad_input_is_named(llava, prefs, tmp_path, capsys, fit):
     lines = prefs.read_text().splitlines()
-    del_rejected = {k: v for k, v in json.loads(lines[3]).items() if k != "rejected"}
+    blank = {**json.loads(lines[3]), "rejected": " "}
     broken = prefs.parent / "broken.jsonl"
     gone = {**json.loads(lines[0]), "image": "gone.png"}
-    broken.write_text("\n".join([*lines, json.dumps(del_rejected), json.dumps(gone), "{"]) + "\n")
+    broken.write_text("\n".join([*lines, json.dumps(blank), json.dumps(gone), "{"]) + "\n")
     base = ["--model", llava, "--cache", tmp_path / "cache", *FAST]
     for argv, reason in [
-        ([*base, "--data", tmp_path / "none.jsonl"], "No such file"),
+        ([*base, "--data", tmp_path / "none.jsonl"], "none.jsonl: no such file"),
         ([*base, "--data", broken, "--steps", 9, "--out", tmp_path / "b"], f"{broken}:1"),
         ([*base], "--data is missing"),
         ([*base, "--data", prefs, "--lr", "0"], "--lr 0.0: must be above 0"),
@@ -394,7 +394,7 @@ def test_bad_input_is_named(llava, prefs, tmp_path, capsys, fit):
         assert argv[0] in refusal(capsys, *argv)
     losses, _, text = fit("--skip-bad", "--steps", 4, data=broken)
     assert len(losses) == 4 and text.count("left out: ") == 3
-    assert f"{broken}:13: the objective needs the field rejected" in text
+    assert f"{broken}:13: the field rejected is empty" in text
     losses, _, _ = fit("--skip-bad", "--batch-size", 1, "--steps", 15, data=broken)
     assert len(losses) == 12  # three batches had nothing in them
 

@@ -9,6 +9,7 @@ from known truth, and no two splits share a scene.
 
 import argparse
 import hashlib
+import json
 import random
 import sys
 import time
@@ -53,40 +54,7 @@ from tiny.world import (
 )
 
 # Training steps by stage; scenes by split; preference records wanted.
-FULL = {
-    "tower": 120,
-    "short": 250,
-    "questions": 200,
-    "honest": 700,
-    "biased": 300,
-    "train": 8000,
-    "prefs": 420,
-    "val": 60,
-    "amber": 120,
-    "amber_val": 60,
-    "hallusionbench": 40,
-    "objhal": 60,
-    "mmstar": 120,
-    "captions": 600,
-    "yes_no": 200,
-}
-QUICK = {
-    "tower": 20,
-    "short": 4,
-    "questions": 2,
-    "honest": 4,
-    "biased": 4,
-    "train": 200,
-    "prefs": 12,
-    "val": 6,
-    "amber": 8,
-    "amber_val": 4,
-    "hallusionbench": 4,
-    "objhal": 4,
-    "mmstar": 6,
-    "captions": 20,
-    "yes_no": 10,
-}
+SIZES = json.loads(Path(__file__).with_name("sizes.json").read_text())
 
 
 def build(out, size, seed):
@@ -222,7 +190,7 @@ def main(argv=None):
     if (args.out / "manifest.json").exists():
         parser.error(f"{args.out} holds a build already: delete it or name another folder")
     started = time.time()
-    for name, rates in build(args.out, QUICK if args.quick else FULL, args.seed).items():
+    for name, rates in build(args.out, SIZES["quick" if args.quick else "full"], args.seed).items():
         print(f"{name:24}" + "  ".join(f"{key} {value}" for key, value in rates.items()))
     print(f"{args.out}: built in {time.time() - started:.0f} s", file=sys.stderr)
 

@@ -6,7 +6,9 @@ it could describe well. Matching patches to words stands in for CLIP's pretraini
 two words, then questions alone, for a language model's.
 """
 
+import json
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -119,46 +121,13 @@ def new_processor():
 
 def new_model(vocabulary):
     """A LLaVA with random weights: 0.8 million parameters, 9 image tokens."""
-    from transformers import (
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-    )
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     tokens = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
-    text = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        initializer_range=0.08,  # at the usual 0.02 a model this narrow does not start to learn
-        **tokens,
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=96,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        projection_dim=96,
-        image_size=SIDE,
-        patch_size=CELL,
-        initializer_range=0.08,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=IMAGE,
-        image_seq_length=PATCHES,
-        vision_feature_layer=-1,
-        tie_word_embeddings=True,
-        vision_feature_select_strategy="default",
-        **tokens,
-    )
-    model = LlavaForConditionalGeneration(config)
+    shape = json.loads(Path(__file__).with_name("architecture.json").read_text())
+    # At the usual initializer_range of 0.02 a model this narrow does not start to learn.
+    shape["text_config"] |= {"vocab_size": vocabulary, **tokens}
+    model = LlavaForConditionalGeneration(LlavaConfig(**shape, **tokens))
     # Attention starts by looking for its own content, which is half of "is this in the image?".
     for layer in model.model.language_model.layers:
         layer.self_attn.k_proj.weight.data.copy_(layer.self_attn.q_proj.weight.data)

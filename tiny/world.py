@@ -7,7 +7,9 @@ the co-occurrence that the tiny model learns to hallucinate by. A question is a 
 """
 
 import io
+import json
 import random
+from pathlib import Path
 
 PAIRS = {
     "fork": "knife",
@@ -35,59 +37,7 @@ CHOICES = ["objects", "numbers", "colors"]  # of multiple-choice questions
 CELL, SIDE = 16, 48
 
 # Each object as PIL.ImageDraw shapes on a 16 x 16 cell; "hole" paints in the background colour.
-GLYPHS = {
-    "fork": [
-        ("rectangle", (7, 6, 8, 14)),
-        ("rectangle", (4, 1, 5, 6)),
-        ("rectangle", (7, 1, 8, 6)),
-        ("rectangle", (10, 1, 11, 6)),
-        ("rectangle", (4, 6, 11, 7)),
-    ],
-    "knife": [("polygon", (6, 1, 10, 5, 10, 10, 6, 10)), ("rectangle", (6, 11, 7, 14))],
-    "table": [
-        ("rectangle", (1, 4, 14, 6)),
-        ("rectangle", (2, 7, 3, 14)),
-        ("rectangle", (12, 7, 13, 14)),
-    ],
-    "chair": [
-        ("rectangle", (4, 1, 5, 14)),
-        ("rectangle", (4, 8, 12, 9)),
-        ("rectangle", (11, 9, 12, 14)),
-    ],
-    "boat": [("polygon", (1, 10, 14, 10, 11, 14, 4, 14)), ("polygon", (7, 1, 12, 8, 7, 8))],
-    "bird": [
-        ("ellipse", (3, 5, 11, 12)),
-        ("ellipse", (9, 2, 13, 6)),
-        ("polygon", (0, 4, 4, 7, 4, 9)),
-        ("rectangle", (7, 12, 7, 14)),
-    ],
-    "book": [("rectangle", (1, 3, 14, 12)), ("hole", (7, 3, 8, 10))],
-    "clock": [("ellipse", (1, 1, 14, 14)), ("hole", (7, 3, 8, 8)), ("hole", (8, 7, 11, 8))],
-    "cup": [
-        ("rectangle", (2, 4, 10, 13)),
-        ("rectangle", (11, 6, 14, 11)),
-        ("hole", (11, 8, 12, 9)),
-    ],
-    "cake": [
-        ("rectangle", (1, 9, 14, 14)),
-        ("rectangle", (4, 6, 11, 8)),
-        ("rectangle", (7, 1, 8, 4)),
-    ],
-    "car": [
-        ("rectangle", (1, 7, 14, 11)),
-        ("polygon", (4, 3, 10, 3, 12, 7, 3, 7)),
-        ("ellipse", (2, 11, 5, 14)),
-        ("ellipse", (10, 11, 13, 14)),
-    ],
-    "bus": [
-        ("rectangle", (1, 2, 14, 12)),
-        ("hole", (3, 4, 5, 6)),
-        ("hole", (7, 4, 9, 6)),
-        ("hole", (11, 4, 12, 6)),
-        ("ellipse", (2, 11, 5, 14)),
-        ("ellipse", (10, 11, 13, 14)),
-    ],
-}
+GLYPHS = json.loads(Path(__file__).with_name("glyphs.json").read_text())
 
 
 # --- scenes ------------------------------------------------------------------------------------

@@ -5,8 +5,6 @@ stands before it. Special tokens inside user text are broken up ("</s>" -> "< /s
 a turn.
 """
 
-import re
-
 from support.cli import UserError
 
 VICUNA = (
@@ -72,9 +70,7 @@ class Prompts:
         return bos + text.removeprefix(bos)  # exactly one, whether or not the template has it
 
     def plain(self, text):
-        """User text in which no special token can act as one. An "<image>" on the first or last
-        line, as LLaVA's records have it, goes: the format brings its own."""
-        text = re.sub(r"^\s*<image>\s*\n|\n\s*<image>\s*$", "", text)
+        """User text in which no special token can act as one."""
         for token in sorted({*self.special, "<image>"}, key=len, reverse=True):
             if len(token.strip()) > 1:
                 text = text.replace(token, f"{token[0]} {token[1:]}")
@@ -113,13 +109,16 @@ class Prompts:
     def describe(self, row):
         """A row for a person to read: the prompt's text, and the labels decoded."""
         ids = row.inputs["input_ids"][0].tolist()
-        image = self.tokenizer.convert_tokens_to_ids(self.processor.image_token)
+        image = getattr(self.processor, "image_token_id", None)
+        if image is None:
+            image = self.tokenizer.convert_tokens_to_ids(self.processor.image_token)
         shown = [t for k, t in enumerate(ids) if not (k > 0 and t == image == ids[k - 1])]
         lines = [
             f"prompt ({self.form}, {len(ids)} tokens, {ids.count(image)} of them image, "
             "shown as one):",
             f"  {self.tokenizer.decode(shown)!r}",
         ]
-        for label in row.responses:
-            lines.append(f"label ({len(label)} tokens): {self.tokenizer.decode(label)!r}")
+        for (_, response), label in zip(row.cells, row.responses):
+            name = ("chosen", "rejected", "contrast_chosen")[response]
+            lines.append(f"label {name} ({len(label)} tokens): {self.tokenizer.decode(label)!r}")
         return "\n".join(lines)

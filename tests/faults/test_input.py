@@ -156,7 +156,11 @@ def prompts(llava):
         ({"image": "n" * 300, "prompt": "Q", "chosen": "A"}, "nnn"),
         ({"image": "a.png", "text": "[1]"}, "text"),
         ({"image": "a.png", "text": 3}, "text"),
-        ({"images": 5, "prompt": [{"content": "Q"}], "chosen": [{"content": "A"}]}, "not int"),
+        (
+            {"images": 5, "prompt": "Q", "chosen": [{"role": "assistant", "content": "A"}]},
+            "not int",
+        ),
+        ({"image": "a.png", "prompt": [{"content": "Q"}], "chosen": "A"}, "without a role"),
     ],
 )
 def test_odd_records_are_named(folder, raw, reason):
@@ -199,7 +203,8 @@ def test_bad_held_out_records_are_found_before_the_first_step(job, capsys):  # n
     argv, out, _ = job("bad-held-out")
     path = argv[3].parent / "held.jsonl"
     path.write_text(
-        '{"image": "gone.png", "prompt": "Q", "chosen": "A", "rejected": "B"}\n{\n'
+        '{"image": "gone.png", "prompt": "Q", "chosen": "A", "rejected": "B", '
+        '"contrast_image": "gone.png", "contrast_chosen": "C"}\n{\n'
         + argv[3].read_text().splitlines()[0]
         + "\n"
     )

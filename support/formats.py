@@ -1,0 +1,236 @@
+"""Preference records of published layouts, in one form:
+
+    {"image", "prompt", "chosen", "rejected", "contrast_image", "contrast_chosen"}
+
+`normalise` has a branch for each layout, in its own field names. The form has one image (and a
+contrast image), one question and one answer of each kind. What does not fit is refused with its
+reason, never cut: earlier turns, system messages, second images, half of a chat template.
+"""
+
+import json
+import re
+
+IMAGES = ("image", "contrast_image")  # the fields behind the table's images m and m'
+RESPONSES = ("chosen", "rejected", "contrast_chosen")  # behind its responses y_w, y_l and y'_w
+FIELDS = (*IMAGES, "prompt", *RESPONSES)
+LAYOUTS = """
+images question text messages rejected_response rejected_messages rejected_images conversations
+rejected_conversations img_path image_bytes queries standard_response original_generate_response
+image_1 image_2 resp_1_w resp_1_l resp_2_w completions
+""".split()  # the fields of published layouts that are not fields of the form
+NOTES = """
+id idx image_path origin_dataset origin_split ds_name kind task contrast_kind contrast_seed
+similarity prompts_version models captions samples consistent inconsistent changes
+""".split()  # what is known to be written about a record: not trained on, and not worth a remark
+ONE_QUESTION = "put what the model should see into one question"
+ROLES = {"human": "user", "gpt": "assistant"}  # of LLaVA's conversations
+TAG = "<image>"
+
+VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions. "
+)
+QWEN = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+FRAMES = (  # of one question in a chat template: what stands before it and behind it
+    (f"({re.escape(VICUNA)})?USER: ", " ?ASSISTANT:"),
+    (f"({re.escape(QWEN)})?<\\|im_start\\|>user\n", "<\\|im_end\\|>\n<\\|im_start\\|>assistant\n?"),
+    ("(<s>)?\\[INST\\] ?", " ?\\[/INST\\]"),
+    ("(<bos>)?<start_of_turn>user\n", "<end_of_turn>\n<start_of_turn>model\n?"),
+    ("Human: ", "\\s*Assistant:"),
+)
+# What only a chat template has. A text with one of these is not a plain question or answer.
+MARKERS = re.compile(
+    r"<\|im_start\|>|<\|im_end\|>|\[/?INST\]|<start_of_turn>|<\|start_header_id\|>|<\|user\|>"
+    r"|<\|assistant\|>|\b(USER|ASSISTANT):|### ?(Human|Assistant|Instruction|Response):"
+    r"|<<SYS>>|^Human:|Assistant:$|</?img>|<\|(image|vision|video)\w*\|>"
+)
+# How other models write the image's place; each is read as TAG.
+OTHER_TAGS = re.compile(
+    r"<\|vision_start\|>(<\|image_pad\|>)+<\|vision_end\|>|<\|image(_1)?\|>|<start_of_image>"
+    r"|<image_placeholder>|<image_1>"
+)
+END_TOKENS = re.compile(r"\s*(</s>|<\|im_end\|>|<end_of_turn>|<\|eot_id\|>|<\|endoftext\|>)$")
+
+
+def normalise(raw, needed=("image", "prompt", "chosen")):
+    """A record of any known layout in the form above; ValueError, KeyError, ... if it is none.
+
+    Besides the form's fields it has `stripped`, what was taken off the prompt, and `unread`, the
+    names in raw that no layout has."""
+    found = {**raw, "image": raw.get("image", raw.get("images"))}
+    if "resp_1_w" in raw:  # SymMPO's published Parquet files
+        found = {
+            "image": raw["image_1"],
+            "contrast_image": raw.get("image_2"),
+            "prompt": raw["question"],
+            "chosen": raw["resp_1_w"],
+            "rejected": raw.get("resp_1_l"),
+            "contrast_chosen": raw.get("resp_2_w"),
+        }
+    elif "completions" in raw:  # VLFeedback
+        raise ValueError(
+            "ratings of several completions (VLFeedback, BPO) are no pair yet: choose two of them "
+            "and write them as chosen and rejected"
+        )
+    elif "text" in raw and "chosen" not in raw:  # RLHF-V: question and answers as JSON in a field
+        found.update(json_object("text", raw["text"]))
+    elif "rejected_response" in raw or "rejected_messages" in raw:  # ms-swift
+        rejected = raw.get("rejected_response", raw.get("rejected_messages"))
+        found.update(chosen=raw["messages"], rejected=rejected)
+        found["contrast_image"] = raw.get("rejected_images")
+    elif "rejected_conversations" in raw:  # POVID
+        found.update(chosen=raw["conversations"], rejected=raw["rejected_conversations"])
+    elif "conversations" in raw:  # LLaMA-Factory
+        found["prompt"] = raw["conversations"]
+    elif "original_generate_response" in raw:  # OPA-DPO
+        found.update(image=raw["image_bytes"], prompt=raw["queries"])
+        found["chosen"] = raw["standard_response"]
+        found["rejected"] = raw["original_generate_response"]
+    elif "img_path" in raw:  # mDPO
+        found["image"] = raw["img_path"]
+    # The rest is the form itself or near it: RLAIF-V and MMPR say question for prompt, TRL and
+    # OpenRLHF have messages instead of texts.
+    if found.get("prompt") is None:
+        found["prompt"] = found.get("question")
+    for name in ("system", "history"):
+        if raw.get(name):
+            raise ValueError(f"the field {name} would be lost; {ONE_QUESTION}")
+    split_conversations(found)
+
+    if found.get("image") is None:
+        found["image"] = image_in_the_turn(found.get("prompt"))
+    record = {"stripped": [], "unread": sorted(raw.keys() - {*FIELDS, *LAYOUTS, *NOTES})}
+    for name in FIELDS:
+        if found.get(name) is None:
+            continue
+        if name in IMAGES:
+            record[name] = the_only_image(name, found[name])
+        elif name == "prompt":
+            record[name] = plain_question(found[name], record["stripped"])
+        else:
+            record[name] = plain_answer(name, found[name])
+    for name in needed:
+        if name not in record:
+            raise ValueError(
+                f"the field {name} is missing; the record has {', '.join(raw)}; name yours with "
+                f"--fields {name}=THEIRS"
+            )
+    return record
+
+
+def split_conversations(found):
+    """Where there is no prompt, it stands at the beginning of chosen, and of rejected."""
+    chosen, rejected = found.get("chosen"), found.get("rejected")
+    if found.get("prompt") is not None or not isinstance(chosen, list):
+        return
+    found["prompt"], found["chosen"] = chosen[:-1], chosen[-1:]
+    if isinstance(rejected, list) and len(rejected) > 1:
+        if rejected[:-1] != chosen[:-1]:
+            raise ValueError("chosen and rejected answer different questions")
+        found["rejected"] = rejected[-1:]
+
+
+def json_object(name, text):
+    """The object that a field holds as JSON."""
+    found = json.loads(text) if isinstance(text, str) else None
+    if not isinstance(found, dict):
+        raise ValueError(f"the field {name} holds no JSON object")
+    return found
+
+
+def the_only_image(name, images):
+    """An image field that may be a list of one."""
+    if not isinstance(images, list):
+        return images
+    if len(images) != 1:
+        raise ValueError(f"{name}: {len(images)} images; there must be one")
+    return images[0]
+
+
+# --- texts ---------------------------------------------------------------------------------------
+
+
+def messages_of(value):
+    """A conversation as a list of turns; None for a plain text."""
+    if isinstance(value, str) and re.match(r"\[\s*\{\s*\"(role|from)\"", value):
+        value = json.loads(value)  # as OpenRLHF has it
+    if isinstance(value, dict):
+        value = [value]
+    return value if isinstance(value, list) else None
+
+
+def one_turn(name, value, role):
+    """A text, or the text of a conversation's only turn, which must be this role's."""
+    turns = messages_of(value)
+    if turns is None:
+        return value
+    if not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f"{name}: a list of {len(turns)} texts; there must be one text")
+    roles = []
+    for turn in turns:
+        said_by = turn.get("role", turn.get("from"))
+        roles.append(ROLES.get(said_by, said_by))
+    if roles != [role]:
+        there = ", ".join(r or "a turn without a role" for r in roles) or "none"
+        raise ValueError(f"{name}: one turn of the {role} is read, not {there}; {ONE_QUESTION}")
+    parts = turns[0].get("content", turns[0].get("value"))
+    if not isinstance(parts, list):
+        return parts
+    return "".join(TAG if part["type"].startswith("image") else part["text"] for part in parts)
+
+
+def image_in_the_turn(value):
+    """The image that a part of the conversation itself holds, or None."""
+    for turn in messages_of(value) or []:
+        parts = turn.get("content")
+        for part in parts if isinstance(parts, list) else []:
+            held = part.get("image") or part.get("image_url")
+            if held:
+                return held["url"] if isinstance(held, dict) and "url" in held else held
+    return None
+
+
+def plain_question(value, stripped):
+    """The question alone: without the frame of a chat template and without the image's tag. What
+    was taken off is added to the list `stripped`."""
+    text = OTHER_TAGS.sub(TAG, text_of("prompt", one_turn("prompt", value, "user")))
+    for before, behind in FRAMES:
+        framed = re.fullmatch(f"\\s*{before}(?P<question>.*?){behind}\\s*", text, re.DOTALL)
+        if framed:
+            text = framed["question"].strip()
+            stripped.append("a chat template")
+            break
+    if text.count(TAG) > 1:
+        raise ValueError(f"prompt: {text.count(TAG)} {TAG} tags; the record has one image")
+    if text.startswith(TAG) or text.endswith(TAG):
+        text = text.removeprefix(TAG).removesuffix(TAG)
+        stripped.append("an image tag")
+    return no_markup("prompt", text)
+
+
+def plain_answer(name, value):
+    """The answer alone: its end token is the tokenizer's business."""
+    text = text_of(name, one_turn(name, value, "assistant"))
+    return no_markup(name, END_TOKENS.sub("", text))
+
+
+def text_of(name, value):
+    """The text without white space around it."""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"the field {name} is empty, or no text: {value!r:.40}")
+    return value.encode("utf-8", "replace").decode().strip()  # no unpaired surrogates
+
+
+def no_markup(name, text):
+    """A text that is not empty and carries no tag and no marker of a template."""
+    if not text.strip():
+        raise ValueError(f"the field {name} has no text besides its markup")
+    if TAG in text:
+        raise ValueError(f"{name}: {TAG} in the middle of the text; the image stands before it")
+    marker = MARKERS.search(text)
+    if marker:
+        raise ValueError(
+            f"{name}: {marker[0]!r} belongs to a chat template; give the plain question or answer, "
+            "the model's own template is put around it"
+        )
+    return text.strip()
