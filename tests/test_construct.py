@@ -146,11 +146,11 @@ def test_records_without_contrast_images_become_dpo_records(serve, pairs):
 
 def test_a_killed_build_goes_on_to_the_same_file(serve, pairs):
     url, bodies = serve(lambda body, attempt: time.sleep(0.05) or oracle(body, attempt))
-    command = [sys.executable, "-m", "construct.responses", *build_args(pairs, url, "whole.jsonl")]
-    command += ["--concurrency", "2"]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    args = [*map(str, build_args(pairs, url, "whole.jsonl")), "--concurrency", "2"]
+    responses.main(args)
     total = len(bodies)
-    command[command.index(str(pairs.parent / "whole.jsonl"))] = str(pairs.parent / "prefs.jsonl")
+    args[args.index(str(pairs.parent / "whole.jsonl"))] = str(pairs.parent / "prefs.jsonl")
+    command = [sys.executable, "-m", "construct.responses", *args]
     for replies_before_kill in (2, 13):
         bodies.clear()
         child = subprocess.Popen(
@@ -166,7 +166,7 @@ def test_a_killed_build_goes_on_to_the_same_file(serve, pairs):
     kept = sum(len(lines_of_whole(p)) for p in logs.glob("*"))
     assert kept >= 13
     bodies.clear()
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    responses.main(args)
     assert len(bodies) == total - kept
     whole, prefs = (pairs.parent / name for name in ("whole.jsonl", "prefs.jsonl"))
     assert prefs.read_bytes() == whole.read_bytes()

@@ -1,10 +1,7 @@
 """Records, prompts, tokens and images: with a real Llama tokenizer and real files."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,7 +9,7 @@ import torch
 from PIL import Image
 
 import data
-from conftest import ROOT, write_prefs
+from conftest import write_prefs
 from data import Records, build_rows
 from support.cli import UserError
 from support.images import CROP, CROP_LARGE, crop, open_image
@@ -323,16 +320,14 @@ def test_check_command(prefs, llava, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["torch", "transformers", "peft"])
-def test_an_older_package_is_named(tmp_path, llava, prefs, name):
+def test_an_older_package_is_named(tmp_path, llava, prefs, name, monkeypatch, capsys):
     about = tmp_path / f"{name}-0.9.dist-info" / "METADATA"
     about.parent.mkdir()
     about.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.9\n")
-    command = [sys.executable, ROOT / "data.py", "check", prefs, "--model", llava]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)}
-    )
-    assert done.returncode == 2 and f"{name} 0.9 is older than" in done.stderr
-    assert "Traceback" not in done.stderr
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(SystemExit) as end:
+        data.main(["check", str(prefs), "--model", str(llava)])
+    assert end.value.code == 2 and f"{name} 0.9 is older than" in capsys.readouterr().err
 
 
 def test_four_bit_base_weights_train(llava, tmp_path):

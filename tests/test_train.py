@@ -434,6 +434,7 @@ def test_unpackable_families_are_refused_by_name_and_train_without(tmp_path, pre
     train.main([str(a) for a in [*argv, "--no-share-prefix"]])
     text = capsys.readouterr().out
     assert "<start_of_turn>model" in text and "<end_of_turn>'" in text  # its own end is trained on
+    assert "4 of them image" in text and text.count("<image_soft_token>") == 1
     assert [round(line["loss"], 3) for line in read_metrics(tmp_path / "g")][0] == 2.773
 
 

@@ -108,15 +108,16 @@ class Prompts:
 
     def describe(self, row):
         """A row for a person to read: the prompt's text, and the labels decoded."""
-        ids = row.inputs["input_ids"][0].tolist()
-        image = getattr(self.processor, "image_token_id", None)
-        if image is None:
-            image = self.tokenizer.convert_tokens_to_ids(self.processor.image_token)
-        shown = [t for k, t in enumerate(ids) if not (k > 0 and t == image == ids[k - 1])]
+        ids = row.inputs["input_ids"][0]
+        is_image = ids == self.tokenizer.convert_tokens_to_ids(self.processor.image_token)
+        for name in ("token_type_ids", "mm_token_type_ids"):  # of Gemma 3 and Qwen2-VL: 1 is image
+            if name in row.inputs:
+                is_image = row.inputs[name][0] == 1
+        repeated = is_image & is_image.roll(1)
         lines = [
-            f"prompt ({self.form}, {len(ids)} tokens, {ids.count(image)} of them image, "
+            f"prompt ({self.form}, {len(ids)} tokens, {int(is_image.sum())} of them image, "
             "shown as one):",
-            f"  {self.tokenizer.decode(shown)!r}",
+            f"  {self.tokenizer.decode(ids[~repeated])!r}",
         ]
         for (_, response), label in zip(row.cells, row.responses):
             name = ("chosen", "rejected", "contrast_chosen")[response]
