@@ -43,7 +43,11 @@ TINY = Path(__file__).resolve().parent / "tiny"
 @dataclasses.dataclass
 class Options(symmpo.Weights):
     """Every knob. The weights of the loss (beta, lam, ...) are inherited; one that is not given is
-    the objective's own. Where each default comes from: docs/design.md."""
+    the objective's own. Where each default comes from: docs/design.md.
+
+    Each field is an option of the command line, its text the help. From a notebook:
+    `train(Options(model=..., data=..., steps=100))`.
+    """
 
     # what
     model: str = option(None, "model folder or hub name; without it, the bundled tiny world")
@@ -97,6 +101,8 @@ class Options(symmpo.Weights):
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: PyTorch finds no CUDA GPU here")
         self.weights()  # refuses those that the objective does not read
+
+        # What was left open is settled here, once, so that what is printed is what is used.
 
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -210,6 +216,8 @@ def policy_table(run, rows, records):
     from peft.helpers import disable_input_dtype_casting
 
     options = run.options
+    # On a GPU the adapters (fp32) run in bf16, and rows are packed into one sequence until it is
+    # long enough to be worth a forward pass; on a CPU that gains nothing.
     on_cuda = options.device != "cpu"
     mixed = on_cuda and options.dtype == "bfloat16"
     # Autocast brings the adapters' inputs to bf16; before that PEFT would copy each to fp32.
@@ -242,7 +250,11 @@ def reference_table(run, rows, keys, use_cache=True):
 
 
 def loss_table(run, examples):
-    """All that the loss sees of a micro-batch: a symmpo.Table."""
+    """All that the loss sees of a micro-batch: a symmpo.Table.
+
+    This is where rho comes from: log pi_theta - log pi_ref, cell by cell. An objective without a
+    reference (SFT) gets NaN for rho, and would notice if it read any.
+    """
     rows, keys = rows_of(examples)
     if not run.options.no_share_prefix:
         add_image_features(run.policy, rows)  # of the frozen tower: once for both tables
@@ -263,7 +275,10 @@ def rows_of(examples):
 
 
 def compute_loss(run, examples):
-    """A micro-batch's loss and metrics: (records,) and {name: (records,)}."""
+    """A micro-batch's loss and metrics: (records,) and {name: (records,)}.
+
+    Nothing is averaged yet: the loop sums over micro-batches and processes, and divides once.
+    """
     table = loss_table(run, examples)
     terms = symmpo.loss_terms(run.options.objective, table, run.weights)
     loss = sum(terms.values())
@@ -315,7 +330,11 @@ def verify(run, example, at_start):
 
 
 def say_hello(run, start):
-    """What this run is, before it starts: every number printed is the one that is used."""
+    """What this run is, before it starts: every number printed is the one that is used.
+
+    A prompt and its labels are shown as the model reads them, since a wrong template or a missing
+    end token ruins a run without a word. The record is the first of the first step.
+    """
     options, count = run.options, run.policy.num_parameters
     weights = ", ".join(f"{name} {getattr(run.weights, name)}" for name in run.objective.weights)
     epochs = options.steps * options.batch_size / len(run.examples)
@@ -344,7 +363,12 @@ def say_hello(run, start):
 
 
 def train(options):
-    """Train; returns the run and how many steps are done."""
+    """Train; returns the run and how many steps are done.
+
+    One step: gradients of this process's records, summed; the sum over all processes; the mean;
+    clip; AdamW. Everything random in it comes from the seed, the step and the process, so that a
+    run that was stopped goes on to the same numbers.
+    """
     run = prepare(options)
     folder = RunFolder(options.out, options.resume, run.rank)
     parameters = [p for p in run.policy.parameters() if p.requires_grad]
@@ -469,7 +493,10 @@ def means(totals, seconds, world):
 
 
 def evaluate_held_out(run):
-    """{"eval/name": mean} over the held-out records of all processes, and two greedy samples."""
+    """{"eval/name": mean} over the held-out records of all processes, and two greedy samples.
+
+    The samples are for a person: a falling loss with answers that get worse is seen here first.
+    """
     if not run.held_out:
         return {}
     run.policy.eval()  # dropout off, where there is any
@@ -525,9 +552,10 @@ def command(argv):
         run, done = train(options)
     except (OSError, sqlite3.Error) as error:  # perhaps a full disk
         raise UserError(f"{error}; this run writes to {options.out} and {options.cache}") from error
-    left_out = processes.add_up(run.left_out)
+    left_out = processes.add_up(run.left_out)  # every process has met others
     if run.rank > 0:
         return  # rank 0 speaks for all
+    # Without data of one's own, the run ends with what it was for: less hallucination.
     if done == options.steps and options.model == str(TINY / "built" / "model"):
         from benchmarks.answers import before_and_after
 
