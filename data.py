@@ -275,14 +275,14 @@ class Pairs:
         if one in self.seen:
             self.note("duplicates of an earlier record", record)
         elif other in self.seen:
-            self.note("contradictory pairs: an earlier record has them the other way round", record)
+            self.note("contradictory pairs, the other way round in an earlier record", record)
         self.seen.add(one)
 
     def note(self, what, record):
         self.found.setdefault(what, []).append(record["source"])
 
     def lines(self):
-        return [f"{len(at):,} {what}: {places(at)}" for what, at in self.found.items()]
+        return [f"{what}: {len(at):,}, at {places(at)}" for what, at in self.found.items()]
 
 
 def look_at_pairs(records, most=2_000):
@@ -301,9 +301,10 @@ def look_at_pairs(records, most=2_000):
 
 
 def places(sources, shown=3):
-    """The first few of many."""
+    """The first few of many: "prefs.jsonl:1, 2, 3 and 397 more"."""
     more = f" and {len(sources) - shown:,} more" if len(sources) > shown else ""
-    return ", ".join(sources[:shown]) + more
+    first, *others = sources[:shown]
+    return ", ".join([first, *(source.rpartition(":")[2].strip() for source in others)]) + more
 
 
 def kind_of(message):
@@ -332,15 +333,15 @@ class Survey:
                 self.figures["height, pixels"].append(image.height)
                 low_high = [low == high for low, high in image.getextrema()]
                 if all(low_high):
-                    self.count(f"{name}: a picture of one colour")
+                    self.count(f"{name} of one colour")
         if self.prompts:
             self.add_rows(i, record, able)
         for name in able:
             self.usable_by[name] += 1
         for what in record["stripped"]:
-            self.count(f"prompt: {what} was taken off, the model's own is put around it")
+            self.count(f"prompt, {what} taken off (the model's own is put around it)")
         for name in record["unread"]:
-            self.count(f"the field {name} is not read (--fields can name it)")
+            self.count(f"field {name}, which is not read (--fields can name it)")
         self.pairs.add(record)
 
     def add_rows(self, i, record, able):
@@ -364,7 +365,7 @@ class Survey:
         counts = ", ".join(f"{name} {count:,}" for name, count in self.usable_by.items())
         lines = [f"{total:,} records, {bad:,} bad; usable by {counts}"]
         lines += self.pairs.lines()
-        lines += [f"{count:,} records, {what}" for what, count in self.notes.items()]
+        lines += [f"{what}: {count:,} records" for what, count in self.notes.items()]
         for name, values in self.figures.items():
             if values:
                 values.sort()
@@ -382,7 +383,7 @@ class Survey:
                 yield from (f"bad: {source}: {message}" for source, message in found)
             else:
                 at = places([source for source, _ in found])
-                yield f"bad: {len(found):,} times, at {at}: {message}"
+                yield f"bad: {len(found):,} records, {at}: {message}"
 
 
 def check(args):

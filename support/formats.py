@@ -109,12 +109,13 @@ def normalise(raw, needed=("image", "prompt", "chosen")):
             record[name] = plain_question(found[name], record["stripped"])
         else:
             record[name] = plain_answer(name, found[name])
-    for name in needed:
-        if name not in record:
-            raise ValueError(
-                f"the field {name} is missing; the record has {', '.join(raw)}; name yours with "
-                f"--fields {name}=THEIRS"
-            )
+    missing = [name for name in needed if name not in record]
+    if missing:
+        mapping = ",".join(f"{name}=THEIRS" for name in missing)
+        raise ValueError(
+            f"missing: {', '.join(missing)}; the record has {', '.join(raw)}; name yours with "
+            f"--fields {mapping}"
+        )
     return record
 
 

@@ -207,7 +207,7 @@ def test_errors_name_the_place(folder, capsys):
         ([folder, "--kind", "synthetic"], "synthetic.jsonl: "),
         (
             [folder, "--kind", "synthetic", "--mapping", folder / "map.jsonl"],
-            "map.jsonl:1: the field contrast_image",
+            "map.jsonl:1: missing: contrast_image",
         ),
         ([folder, "--encoder", folder / "empty"], "not an image encoder"),
     ]:

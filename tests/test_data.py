@@ -106,7 +106,7 @@ def test_published_parquet(tmp_path):
     [
         ('{"image": "a.png", "prompt": "Q?"', "not valid JSON"),
         ("[1, 2]", "JSON object"),
-        ('{"image": "a.png", "prompt": "Q?"}', "chosen is missing"),
+        ('{"image": "a.png", "prompt": "Q?"}', "missing: chosen;"),
         ('{"image": "a.png", "prompt": "  ", "chosen": "x"}', "field prompt is empty, or no text"),
         ('{"image": "a.png", "prompt": "Q?", "chosen": 3}', "field chosen is empty, or no text: 3"),
         (

@@ -371,7 +371,11 @@ def test_check_says_each_kind_of_fault_once(folder, capsys):
     path = write(folder / "prefs.jsonl", *gone, {**PLAIN, "chosen": " "})
     code, text = check(capsys, path)
     assert code == 1 and "41 records, 41 bad" in text
-    assert text.count("no such image") == 1 and "40 times" in text and "prefs.jsonl:3" in text
+    assert (
+        text.count("no such image") == 1
+        and "40 records" in text
+        and "prefs.jsonl:1, 2, 3 and 37 more" in text
+    )
     code, text = check(capsys, path, "--all")
     assert text.count("no such image") == 40
     code, text = check(capsys, path, "--image-root", folder)
@@ -393,12 +397,12 @@ def test_check_says_what_will_be_trained(folder, capsys):
     assert code == 0
     for line in (
         "5 records, 0 bad; usable by sft 5, dpo 5",
-        "1 equal pairs, chosen = rejected: ",
-        "1 contradictory pairs",
-        "1 duplicates of an earlier record",
-        "1 records, image: a picture of one colour",
-        "1 records, prompt: an image tag was taken off",
-        "1 records, the field reject is not read",
+        f"equal pairs, chosen = rejected: 1, at {path}:4",
+        "contradictory pairs, the other way round in an earlier record: 1, at",
+        "duplicates of an earlier record: 1, at",
+        "image of one colour: 1 records",
+        "prompt, an image tag taken off (the model's own is put around it): 1 records",
+        "field reject, which is not read (--fields can name it): 1 records",
     ):
         assert line in text, line
 
