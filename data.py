@@ -285,10 +285,10 @@ class Pairs:
         return [f"{what}: {len(at):,}, at {places(at)}" for what, at in self.found.items()]
 
 
-def look_at_pairs(records, most=2_000):
-    """What a run says of its pairs before it starts, from the first records."""
+def look_at_pairs(records):
+    """What a run says of its pairs before it starts, from the first 2,000 records."""
     pairs = Pairs()
-    for i in range(min(most, len(records))):
+    for i in range(min(2_000, len(records))):
         try:
             pairs.add(records[i])
         except UserError:
@@ -300,10 +300,10 @@ def look_at_pairs(records, most=2_000):
     return lines
 
 
-def places(sources, shown=3):
+def places(sources):
     """The first few of many: "prefs.jsonl:1, 2, 3 and 397 more"."""
-    more = f" and {len(sources) - shown:,} more" if len(sources) > shown else ""
-    first, *others = sources[:shown]
+    more = f" and {len(sources) - 3:,} more" if len(sources) > 3 else ""
+    first, *others = sources[:3]
     return ", ".join([first, *(source.rpartition(":")[2].strip() for source in others)]) + more
 
 

@@ -79,7 +79,7 @@ def main():
         axis.set_xlabel(below[field], size=9)
     for axis, name in zip(axes[2:], SHOWN):
         panel(axis, name)
-    figure.savefig(ROOT / "docs" / "figures" / "method.png", dpi=110, metadata={"Software": None})
+    figure.savefig(ROOT / "docs" / "figures" / "method.png", dpi=110)
 
 
 if __name__ == "__main__":
