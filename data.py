@@ -295,8 +295,7 @@ def look_at_pairs(records):
             continue  # training names it
     lines = [f"note        {line}" for line in pairs.lines()]
     if pairs.unread:
-        names = ", ".join(sorted(pairs.unread))
-        lines.append(f"note        fields that are not read: {names} (--fields can name them)")
+        lines.append(f"note        fields that are not read: {', '.join(sorted(pairs.unread))}")
     return lines
 
 
