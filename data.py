@@ -34,7 +34,7 @@ from tqdm import tqdm
 from support import processes
 from support.cli import UserError, run_command, within
 from support.formats import IMAGES, RESPONSES
-from support.images import crop, open_image
+from support.images import crop, open_image, pixel_hash
 from support.records import Records, add_data_options
 from support.reference import key_of
 from symmpo import NONE, OBJECTIVES
@@ -216,7 +216,7 @@ def embed(files, encoder, cache, batch=64):
     Path(cache).mkdir(parents=True, exist_ok=True)
     for i in tqdm(range(0, len(files), batch), desc="embedding", unit=" batches"):
         images = [open_image(str(file)) for file in files[i : i + batch]]
-        hashes = [hashlib.sha256(f"{x.size}".encode() + x.tobytes()).hexdigest() for x in images]
+        hashes = [pixel_hash(image) for image in images]
         key = hashlib.sha256(f"{weights} {preprocess} {hashes}".encode()).hexdigest()
         kept = Path(cache, f"{key}.pt")
         if not kept.exists():
@@ -394,6 +394,8 @@ def check(args):
 
         config, processor = load_processor(args.model)
         prompts = Prompts(processor, prompt_format(config, args.prompt_format))
+    elif args.show is not None:
+        raise UserError("--show needs --model: a record is shown as that model sees it")
     survey = Survey(prompts, args)
     for i in tqdm(range(len(records)), desc="checking", unit=" records", disable=None):
         source = records.source(i)
@@ -406,6 +408,8 @@ def check(args):
     for rows in (survey.first, survey.longest):
         if rows and (rows is survey.first or survey.longest is not survey.first):
             print("\n".join(prompts.describe(row) for row in rows))
+    if args.show is not None and survey.first is None:
+        print(f"--show {args.show}: there is no such record, or it is bad")
     if args.page:
         from construct.review import review
 

@@ -13,11 +13,29 @@ import re
 IMAGES = ("image", "contrast_image")  # the fields behind the table's images m and m'
 RESPONSES = ("chosen", "rejected", "contrast_chosen")  # behind its responses y_w, y_l and y'_w
 FIELDS = (*IMAGES, "prompt", *RESPONSES)
-LAYOUTS = """
-images question text messages rejected_response rejected_messages rejected_images conversations
-rejected_conversations img_path image_bytes queries standard_response original_generate_response
-image_1 image_2 resp_1_w resp_1_l resp_2_w completions
-""".split()  # the fields of published layouts that are not fields of the form
+OTHER_NAMES = {  # layouts that differ in names alone: {a field that only it has: {ours: theirs}}
+    "resp_1_w": {  # SymMPO's published Parquet files
+        "image": "image_1",
+        "contrast_image": "image_2",
+        "prompt": "question",
+        "chosen": "resp_1_w",
+        "rejected": "resp_1_l",
+        "contrast_chosen": "resp_2_w",
+    },
+    "original_generate_response": {  # OPA-DPO
+        "image": "image_bytes",
+        "prompt": "queries",
+        "chosen": "standard_response",
+        "rejected": "original_generate_response",
+    },
+    "img_path": {"image": "img_path"},  # mDPO
+}
+LAYOUTS = {  # the fields of published layouts that are not fields of the form
+    *"images question text messages rejected_response rejected_messages rejected_images".split(),
+    *("conversations", "rejected_conversations", "completions"),
+}
+for names in OTHER_NAMES.values():
+    LAYOUTS.update(names.values())
 NOTES = """
 id idx image_path origin_dataset origin_split ds_name kind task contrast_kind contrast_seed
 similarity prompts_version models captions samples consistent inconsistent changes
@@ -58,16 +76,10 @@ def normalise(raw, needed=("image", "prompt", "chosen")):
     Besides the form's fields it has `stripped`, what was taken off the prompt, and `unread`, the
     names in raw that no layout has."""
     found = {**raw, "image": raw.get("image", raw.get("images"))}
-    if "resp_1_w" in raw:  # SymMPO's published Parquet files
-        found = {
-            "image": raw["image_1"],
-            "contrast_image": raw.get("image_2"),
-            "prompt": raw["question"],
-            "chosen": raw["resp_1_w"],
-            "rejected": raw.get("resp_1_l"),
-            "contrast_chosen": raw.get("resp_2_w"),
-        }
-    elif "completions" in raw:  # VLFeedback
+    for only_here, names in OTHER_NAMES.items():
+        if only_here in raw:
+            found.update({ours: raw.get(theirs) for ours, theirs in names.items()})
+    if "completions" in raw:  # VLFeedback
         raise ValueError(
             "ratings of several completions (VLFeedback, BPO) are no pair yet: choose two of them "
             "and write them as chosen and rejected"
@@ -82,12 +94,6 @@ def normalise(raw, needed=("image", "prompt", "chosen")):
         found.update(chosen=raw["conversations"], rejected=raw["rejected_conversations"])
     elif "conversations" in raw:  # LLaMA-Factory
         found["prompt"] = raw["conversations"]
-    elif "original_generate_response" in raw:  # OPA-DPO
-        found.update(image=raw["image_bytes"], prompt=raw["queries"])
-        found["chosen"] = raw["standard_response"]
-        found["rejected"] = raw["original_generate_response"]
-    elif "img_path" in raw:  # mDPO
-        found["image"] = raw["img_path"]
     # The rest is the form itself or near it: RLAIF-V and MMPR say question for prompt, TRL and
     # OpenRLHF have messages instead of texts.
     if found.get("prompt") is None:
@@ -184,10 +190,13 @@ def image_in_the_turn(value):
     """The image that a part of the conversation itself holds, or None."""
     for turn in messages_of(value) or []:
         parts = turn.get("content")
-        for part in parts if isinstance(parts, list) else []:
-            held = part.get("image") or part.get("image_url")
-            if held:
-                return held["url"] if isinstance(held, dict) and "url" in held else held
+        if not isinstance(parts, list):
+            continue
+        for part in parts:
+            if "image_url" in part:
+                return part["image_url"]["url"]
+            if "image" in part:
+                return part["image"]
     return None
 
 

@@ -2,6 +2,7 @@
 that are made from an image itself. No file here knows what a model is."""
 
 import base64
+import hashlib
 import io
 import os
 import re
@@ -81,10 +82,15 @@ def decoded(text):
         raise UserError(f"neither a path nor an image in base64: {text[:40]!r}...") from error
 
 
+def pixel_hash(image):
+    """Equal for images that show the same, however their files are written."""
+    return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
+
+
 def to_rgb(image):
     """Transparency on white; more than 8 bits scaled by what is there, not by the container."""
     if image.mode.startswith(("I", "F")):
-        values = np.asarray(image, dtype=np.float64)
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
         top = values.max()
         full = next((full for full in FULL_SCALES if top <= full), top)
         if image.mode.startswith("I") and top <= 1:

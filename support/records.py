@@ -6,9 +6,9 @@ not read is named for what it is, with the way on.
 
 import csv
 import glob
-import hashlib
 import json
 import os
+import re
 from array import array
 from bisect import bisect_right
 from itertools import accumulate
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from support.cli import UserError
 from support.formats import FIELDS, IMAGES, LAYOUTS, normalise
-from support.images import decoded, need_inside, open_image
+from support.images import decoded, need_inside, open_image, pixel_hash
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow", ".csv", ".tsv")
 NO_RECORDS = ("dataset_info.json", "dataset_dict.json", "state.json")  # beside Arrow files
@@ -103,7 +103,7 @@ class JsonList(Numbered):
 
 
 class Parquet(Numbered):
-    """The rows of a Parquet file by number. Memory: one row group, the one read last."""
+    """The rows of a Parquet file by number. Memory: one row group a file, the one read last."""
 
     KIND, PLACE = "Parquet", "row"
 
@@ -139,13 +139,14 @@ class Rows(Numbered):
             file = pyarrow.memory_map(str(path))
             is_file = file.read(6) == b"ARROW1"  # else a stream, as `save_to_disk` writes it
             file.seek(0)
-            self.table = (pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream)(file)
-            self.table = self.table.read_all()
+            reader = pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream
+            self.table = reader(file).read_all()
         else:
             between = "\t" if Path(path).suffix.lower() == ".tsv" else ","
             csv.field_size_limit(2**27)
             with open(path, encoding="utf-8-sig", newline="") as file:
-                self.table = list(csv.DictReader(file, delimiter=between))
+                rows = csv.DictReader(file, restkey="cells without a name", delimiter=between)
+                self.table = list(rows)
 
     def __len__(self):
         return len(self.table)
@@ -214,11 +215,14 @@ def files_of(path, pictures_will_do):
             if file.suffix.lower() in SUFFIXES and file.name not in NO_RECORDS and not hidden:
                 found.append(file)
         kinds = sorted({file.suffix.lower() for file in found})
-        if len(kinds) > 1:
-            raise UserError(
-                f"{path}: the folder has {' and '.join(kinds)} files; say which, as a quoted glob: "
-                f"'{path}/*{kinds[0]}'"
-            )
+        names = " ".join(str(file.relative_to(path)) for file in found)
+        splits = sorted(set(re.findall(r"\b(train|test|val|validation|dev)\b", names)))
+        for several in (kinds, splits):
+            if len(several) > 1:
+                raise UserError(
+                    f"{path}: the folder has {' and '.join(several)} files; say which, as a quoted "
+                    f"glob: '{path}/*{several[-1]}*'"
+                )
     elif os.path.exists(path):
         found = [Path(path)]
     else:
@@ -232,7 +236,9 @@ def files_of(path, pictures_will_do):
 def field_names(text):
     """{our name: theirs} from "prompt=instruction,image=img_path"."""
     names = {}
-    for item in text.split(",") if text else []:
+    if not text:
+        return names
+    for item in text.split(","):
         ours, _, theirs = item.partition("=")
         if ours not in FIELDS or not theirs:
             known = ", ".join(FIELDS)
@@ -301,9 +307,12 @@ class Records:
             raise UserError(f"{source}: not valid {file.KIND}: {error}") from error
         if not isinstance(raw, dict):
             raise UserError(f"{source}: not a JSON object but {type(raw).__name__}")
-        for ours, theirs in self.names.items():
-            raw[ours] = raw.pop(theirs, None)
-        return raw
+        if not self.names:
+            return raw
+        there = {ours: raw[theirs] for ours, theirs in self.names.items() if theirs in raw}
+        for theirs in self.names.values():
+            raw.pop(theirs, None)
+        return {**raw, **there}  # all at once: two names may have been exchanged
 
     def __getitem__(self, i):
         raw, source = self.raw(i), self.source(i)
@@ -320,29 +329,33 @@ class Records:
 def with_files(records, i, folder, allow_outside):
     """(the fields of record i, {image field: its path}); an image that stands in the data itself is
     written into the folder."""
-    record, fields, files = records[i], {}, {}
-    for name, value in record.items():
-        if name in FIELDS:
-            fields[name] = value
+    record, files = records[i], {}
+    fields = {name: record[name] for name in FIELDS if name in record}
     for name, value in records.raw(i).items():
         if name not in LAYOUTS and not isinstance(value, (bytes, dict)):
             fields[name] = value  # as it is written there
     for name in IMAGES:
         if name not in record:
             continue
-        image, root = record[name], record["root"]
-        if isinstance(image, str) and isinstance(decoded(image), str):
-            try:
-                need_inside(image, root, allow_outside)
-            except UserError as error:
-                raise UserError(f"{record['source']}: {error}") from error
-            files[name] = root / image
-        else:
-            picture = open_image(image)
-            digest = hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()
-            files[name] = Path(folder, f"{digest[:16]}.png")
-            if not files[name].exists():
-                files[name].parent.mkdir(parents=True, exist_ok=True)
-                picture.save(files[name])
+        try:
+            files[name] = image_file(record[name], record["root"], folder, allow_outside)
+        except UserError as error:
+            raise UserError(f"{record['source']}: {error}") from error
+        if files[name].parent == Path(folder):
             fields[name] = files[name].name
     return fields, files
+
+
+def image_file(image, root, folder, allow_outside):
+    """The path of an image, which is written into the folder if it has none yet."""
+    if isinstance(image, str):
+        image = decoded(image)
+    if isinstance(image, str):
+        need_inside(image, root, allow_outside)
+        return root / image
+    picture = open_image(image)
+    path = Path(folder, f"{pixel_hash(picture)[:16]}.png")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+    return path

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 MODULES = ("symmpo", "data", "train", "evaluate")
-FOLDERS = ("vlm", "support", "benchmarks", "construct", "speed", "tiny", "docs")
+FOLDERS = ("vlm", "support", "benchmarks", "construct", "speed", "tiny")
 OURS = (*MODULES, *FOLDERS)
 MAY_IMPORT = {
     "symmpo": (),
@@ -23,7 +23,6 @@ MAY_IMPORT = {
     "construct": ("data", "support", "vlm", "construct"),
     "speed": OURS,
     "tiny": OURS,
-    "docs": OURS,
 }
 # What may also be imported inside functions: where a model answers.
 INSIDE_FUNCTIONS = {
@@ -106,8 +105,7 @@ def test_imports_only_what_its_layer_may(path):
 @pytest.mark.parametrize("path", files(), ids=name_of)
 def test_slow_packages_are_imported_where_they_are_needed(path):
     at_the_top = {name for name, is_inside in imports(path) if not is_inside}
-    if owner(path) != "docs":  # a script that draws a picture needs matplotlib at once
-        assert not at_the_top & SLOW
+    assert not at_the_top & SLOW
     if owner(path) in ("benchmarks", "evaluate"):
         assert "torch" not in at_the_top, "scoring starts without torch"
 
@@ -150,5 +148,6 @@ def test_nothing_else_stands_at_the_root():
     names = {line.split("/")[0] for line in listed.stdout.splitlines()}
     visible = {name for name in names if not name.startswith(".")}
     wanted = {f"{name}.py" for name in MODULES} | set(FOLDERS)
-    wanted |= {"README.md", "LICENSE", "requirements.txt", "pyproject.toml", "notebooks", "tests"}
+    wanted |= {"README.md", "LICENSE", "requirements.txt", "pyproject.toml", "docs", "notebooks"}
+    wanted.add("tests")
     assert visible == wanted

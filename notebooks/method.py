@@ -1,6 +1,6 @@
 """Draws docs/figures/method.png: two images, three responses, and what each objective compares.
 
-    python -m docs.method
+    python -m notebooks.method
 
 The panels are read off the registry in symmpo.py, by differentiating each term of the loss where
 policy = reference. A cell is green (+) where the loss raises its log-ratio and red (-) where it
