@@ -75,8 +75,10 @@ def generate_on_server(args):
     """The same from an OpenAI-compatible server."""
     if args.adapter:
         raise UserError("--adapter goes with a local --model; a --server has its own adapters")
+    from support.http import shown
+
     questions, made = ask(args)
-    made |= {"name": args.model, "model": args.model, "server": args.server}
+    made |= {"name": args.model, "model": args.model, "server": shown(args.server)}
     with Answers(args.out, made) as answers:
         requests = []
         for number, question in enumerate(questions):

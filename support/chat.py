@@ -4,23 +4,26 @@ A reply is on the disk before it is used: the same command goes on where a kille
 asks nothing twice. Keys are read from the environment and written nowhere.
 """
 
+import asyncio
 import base64
 import fcntl
-import functools
 import hashlib
 import io
 import json
 import os
+import re
+import sys
 import threading
-import time
 from collections import defaultdict, deque
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, as_completed, wait
+from concurrent.futures import FIRST_COMPLETED, as_completed, wait
 from dataclasses import dataclass
 
 from tqdm import tqdm
 
 from support.cli import UserError
 from support.images import open_image
+
+GRACE = 5  # seconds for replies that are under way when a run ends early
 
 
 def image_url(image, max_side=1024):
@@ -72,37 +75,38 @@ def ask_all(
     """Ask a chat model many things; yields (id, text) in completion order, (id, None) if in vain.
 
     requests: iterable of (id, messages), read no faster than it is answered. `messages` may also be
-        a function that returns them, called in the thread that asks and only when it has to be
-        asked (images are encoded late); then the id alone has to tell such requests apart.
+        a function that returns them, called when it has to be asked (images are encoded late); then
+        the id alone has to tell such requests apart.
     log: JSONL file to which every raw reply is appended and synced before it is yielded. A request
         (same id, messages, model and sampling) whose reply is there is not asked again.
     check: function of the text that raises ValueError for a malformed reply. That reply goes to the
-        log with the reason, and the request is repeated: `tries` times, earlier runs included.
-    retries: of the openai client, after 408, 409, 429, 5xx, a time-out (seconds) or a broken
-        connection, in 0.5 to 8 seconds or when the server's Retry-After says. What then still has
-        no reply, or met another 4xx, is logged with the reason, yielded as None, and asked again
-        by the next run.
+        log with the reason, and the request is repeated, `tries` times in all.
+    timeout: seconds from a request to the last byte of its reply.
+    retries: of the openai client, after 408, 409, 429, 5xx, a time-out or a broken connection, in
+        0.5 to 8 seconds or when the server's Retry-After says. What then still has no reply, or met
+        another 4xx, is logged with the reason, yielded as None, and asked again by the next run.
     key_env: environment variable of the key (if unset, OPENAI_API_KEY), sent to the server alone.
     sampling: temperature, max_tokens, ... in the server's words.
-    Raises UserError when going on is pointless (key or model refused, server gone for good); the
-    replies that have come by then are in the log.
+    Raises UserError when going on is pointless (key or model refused, server gone for good). However
+    it ends, replies that are under way have GRACE seconds to come, and are in the log.
     """
     import openai
 
-    key = os.environ.get(key_env) or os.environ.get("OPENAI_API_KEY") or "none"
+    from support import http
+
+    key = http.key_for(base_url, key_env)
     size = len(requests) if hasattr(requests, "__len__") else None
-    limit = functools.partial(bound, timeout)
-    http = openai.DefaultHttpxClient(event_hooks={"response": [limit]})
+    client = openai.AsyncOpenAI(
+        base_url=base_url,
+        api_key=key,
+        timeout=timeout,
+        max_retries=retries,
+        http_client=http.new_client(base_url, timeout),
+    )
     failed, in_a_row = 0, 0
-    with (
-        ReplyLog(log, key) as kept,
-        ThreadPoolExecutor(concurrency) as pool,
-        openai.OpenAI(
-            base_url=base_url, api_key=key, timeout=timeout, max_retries=retries, http_client=http
-        ) as client,
-    ):
+    with ReplyLog(log, http.secrets_of(base_url, key)) as kept, Background(client) as background:
         asker = Asker(client, kept, check, tries, {"model": model, **sampling})
-        bar = tqdm(in_flight(pool, asker.ask, requests, concurrency), desc, size)
+        bar = tqdm(background.answers(asker.ask, requests, concurrency), desc, size)
         for future in bar:
             id, entry = future.result()
             usable = "reason" not in entry
@@ -113,83 +117,151 @@ def ask_all(
             in_a_row = in_a_row + 1 if entry["text"] is None else 0
             if in_a_row > 0 and in_a_row in (size, max(5, concurrency)):
                 raise UserError(
-                    f"{base_url}: {in_a_row} requests in a row failed, the last: "
+                    f"{http.shown(base_url)}: {in_a_row} requests in a row failed, the last: "
                     f"{entry['reason']}. The same command goes on from {log}"
                 )
 
 
-def in_flight(pool, function, items, limit):
-    """Futures of function(item) in completion order; never more than `limit` items under way."""
-    running = set()
-    for item in items:
-        running.add(pool.submit(function, item))
-        if len(running) == limit:
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            yield from done
-    yield from as_completed(running)
+class Background:
+    """An event loop in a thread beside ours, in which requests are under way."""
 
+    def __init__(self, client):
+        self.client, self.running, self.ready = client, set(), threading.Event()
+        self.thread = threading.Thread(target=asyncio.run, args=[self.until_stopped()], daemon=True)
 
-def bound(seconds, response, size=2**25):
-    """Reads an HTTP response, and gives up on one that drips on and on or has no end: the usual
-    time-out is one of silence."""
-    import httpx2
+    async def until_stopped(self):
+        self.loop, self.stop = asyncio.get_running_loop(), asyncio.Event()
+        self.ready.set()
+        async with self.client:
+            await self.stop.wait()
+            left = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in left:
+                task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
 
-    parts, content, end = response.stream, bytearray(), time.monotonic() + seconds
-    for part in parts:
-        content += part
-        if len(content) > size or time.monotonic() > end:
-            raise httpx2.ReadTimeout("the reply has no end", request=response.request)
-    parts.close()  # the connection is free again
-    response.stream = httpx2.ByteStream(bytes(content))
+    def answers(self, ask, requests, limit):
+        """Futures of ask(request) in completion order; never more than `limit` under way."""
+        for request in requests:
+            coroutine = ask(request)
+            self.running.add(asyncio.run_coroutine_threadsafe(coroutine, self.loop))
+            if len(self.running) == limit:
+                done, self.running = wait(self.running, return_when=FIRST_COMPLETED)
+                yield from done
+        yield from as_completed(self.running)
+
+    def __enter__(self):
+        self.thread.start()
+        self.ready.wait()
+        return self
+
+    def __exit__(self, *error):
+        late = [future for future in self.running if not future.done()]
+        if late:
+            text = f"waiting {GRACE} s at most for {len(late)} replies that are under way"
+            print(text, file=sys.stderr)
+        wait(late, GRACE)
+        self.loop.call_soon_threadsafe(self.stop.set)
+        self.thread.join(GRACE)
 
 
 @dataclass
 class Asker:
     """Asks one request, as often as it takes to get a good reply."""
 
-    client: object  # openai.OpenAI
+    client: object  # openai.AsyncOpenAI
     log: "ReplyLog"
     check: object  # raises ValueError for a malformed text
     tries: int
-    body: dict  # model and sampling
+    body: dict  # model and sampling, as asked for
 
-    def ask(self, request):
+    def __post_init__(self):
+        self.sent = dict(self.body)  # as this server takes them
+        self.roles = {}  # {role: what is sent in its place}
+        self.adapted = []  # what was changed, in words
+
+    async def ask(self, request):
         """(id, the log's last entry for this request)."""
         id, messages = request
         late = callable(messages)
         name = digest(id, self.body, late or messages)
         past = self.log.entries[name]  # append() adds to it
-        while not past or "reason" in past[-1]:
-            replies = [entry for entry in past if entry["text"] is not None]
-            if len(replies) >= self.tries:
-                break
+        if past and "reason" not in past[-1]:
+            return id, past[-1]
+        if late:
+            messages = await asyncio.to_thread(messages)
+        for _ in range(self.tries):
             entry = {"id": id, "request": name, "model": self.body["model"]}
             entry |= {"text": "", "usage": {}}
-            self.ask_once(messages() if late else messages, entry)
+            await self.ask_once(messages, entry)
             self.log.append(entry)
-            if entry["text"] is None:
-                break  # the client has tried again already
+            if "reason" not in entry or entry["text"] is None:
+                break  # a good reply, or none: the client has tried again already
         return id, past[-1]
 
-    def ask_once(self, messages, entry):
+    async def ask_once(self, messages, entry):
         """Puts the reply into the entry, or None and the reason why there is none."""
         import openai
 
+        from support import http
+
+        before = len(self.adapted)
+        turns = [{**turn, "role": self.roles.get(turn["role"], turn["role"])} for turn in messages]
         try:
-            reply = self.client.chat.completions.create(messages=messages, **self.body)
-            if reply.usage:
-                entry["usage"] = reply.usage.to_dict()
-            entry["finish"] = reply.choices[0].finish_reason
-            entry["text"] = reply.choices[0].message.content or ""
+            reply = await self.client.chat.completions.create(messages=turns, **self.sent)
+            entry["text"] = text_of(reply, entry)
             self.check(entry["text"])
         except openai.AuthenticationError:  # what servers say here may show a part of the key
-            url = self.client.base_url
+            url = http.shown(str(self.client.base_url))
             raise UserError(f"{url} refuses the key in the environment") from None
         except openai.APIError as error:
+            if isinstance(error, openai.BadRequestError):
+                self.adapt(error.message, turns)
+            if len(self.adapted) > before:
+                return await self.ask_once(messages, entry)
             entry["text"] = None
             entry["reason"] = " ".join(f"{error.message} {error.__cause__ or ''}".split())[:300]
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             entry["reason"] = f"malformed reply: {error}"
+        if self.adapted:
+            entry["adapted"] = self.adapted
+
+    def adapt(self, message, turns):
+        """Each thing once, as the server's error says: newer models take no temperature and another
+        max_tokens, some templates no system message."""
+        if "max_completion_tokens" in message and "max_tokens" in self.sent:
+            self.sent["max_completion_tokens"] = self.sent.pop("max_tokens")
+            self.note("max_tokens is sent as max_completion_tokens")
+        elif "temperature" in message and "temperature" in self.sent:
+            del self.sent["temperature"]
+            self.note("no temperature is sent: the server's own is used")
+        elif re.search("system|user|role", message.lower()) and turns[0]["role"] == "system":
+            self.roles["system"] = "user"
+            self.note("the system message is sent as the user's")
+
+    def note(self, text):
+        self.adapted.append(text)
+        tqdm.write(f"note: as the server wants it, {text}", file=sys.stderr)
+
+
+def text_of(reply, entry):
+    """The text of a reply; how it ended and what it cost go into the entry. ValueError, with what
+    the server says of it, where there is no answer."""
+    if not reply.choices:
+        raise ValueError(f"no answer in it: {(reply.model_extra or {}).get('error')}")
+    choice = reply.choices[0]
+    entry["finish"] = choice.finish_reason
+    if reply.usage:
+        if not isinstance(reply.usage.total_tokens, int):
+            raise ValueError(f"usage.total_tokens is {reply.usage.total_tokens!r}")
+        entry["usage"] = reply.usage.to_dict()
+    if choice.message.refusal or choice.finish_reason == "content_filter":
+        raise ValueError(f"refused or filtered: {choice.message.refusal}")
+    text = choice.message.content
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"its content is no text but {type(text).__name__}")
+    if not text or text.isspace():
+        raise ValueError(f"an empty answer (finish_reason {choice.finish_reason})")
+    return text
 
 
 def digest(*parts):
@@ -199,12 +271,11 @@ def digest(*parts):
 
 class ReplyLog:
     """A JSONL file of replies, and in memory {request: its entries}. It is locked against a second
-    run while it is open; the key, which a server may echo, does not come into it."""
+    run while it is open; `secrets`, which a server may echo, do not come into it."""
 
-    def __init__(self, path, key=""):
-        self.entries, self.tokens = defaultdict(list), 0
-        self.secret = key if len(key) > 8 else "\n"  # which JSON does not contain
-        self.file, self.turn = open(path, "a+b"), threading.Lock()
+    def __init__(self, path, secrets=()):
+        self.entries, self.tokens, self.secrets = defaultdict(list), 0, secrets
+        self.file = open(path, "a+b")
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -223,13 +294,14 @@ class ReplyLog:
 
     def append(self, entry):
         """Returns when the entry is on the disk."""
-        line = json.dumps(entry, ensure_ascii=False).replace(self.secret, "[key]")
+        line = json.dumps(entry, ensure_ascii=False)
+        for secret in self.secrets:
+            line = line.replace(secret, "[key]")
         line = line.encode("utf-8", "replace") + b"\n"  # half an emoji fits in no file
-        with self.turn:
-            self.file.write(line)
-            self.file.flush()
-            os.fsync(self.file.fileno())
-            self.tokens += entry.get("usage", {}).get("total_tokens") or 0
+        self.file.write(line)
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.tokens += entry.get("usage", {}).get("total_tokens") or 0
         self.entries[entry["request"]].append(json.loads(line))
 
     def __enter__(self):

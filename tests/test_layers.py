@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 
 MODULES = ("symmpo", "data", "train", "evaluate")
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 FOLDERS = ("vlm", "support", "benchmarks", "construct", "speed", "tiny")
 OURS = (*MODULES, *FOLDERS)
 MAY_IMPORT = {
@@ -64,7 +65,7 @@ def imports(path):
     tree = ast.parse(path.read_text())
     inside = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef):
+        if isinstance(node, FUNCTIONS):
             inside.update(id(child) for child in ast.walk(node))
     found = []
     for node in ast.walk(tree):
@@ -81,7 +82,7 @@ def lines_and_tokens(path):
     """(lines of code, tokens), without comments and docstrings."""
     source, documentation = path.read_text(), set()
     for node in ast.walk(ast.parse(source)):
-        documented = isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef))
+        documented = isinstance(node, (ast.Module, ast.ClassDef, *FUNCTIONS))
         if documented and ast.get_docstring(node) is not None:
             documentation.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     lines, tokens = set(), 0
@@ -120,7 +121,7 @@ def test_files_and_functions_are_short(path):
     lines, _ = lines_and_tokens(path)
     assert lines <= 400
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.FunctionDef):
+        if isinstance(node, FUNCTIONS):
             assert node.end_lineno - node.lineno < 80, node.name
 
 

@@ -1,17 +1,22 @@
 """Servers that misbehave in rarer ways than test_chat.py has them: finished work is kept, the
 client neither hangs nor swells, and the message says what was wrong."""
 
+import gzip
 import json
+import os
+import signal
 import socket
 import ssl
 import subprocess
 import threading
 import time
 import tracemalloc
+import urllib.parse
 
 import pytest
 
 from chat_server import KEY, ask, completion, echo, lines, questions
+from support import http
 from support.cli import UserError
 
 
@@ -127,3 +132,268 @@ def test_tls_errors_are_named(serve, tmp_path, how, monkeypatch):
     assert KEY not in str(error.value) and "again" not in json.dumps(str(error.value))
     if how == "unknown certificate":
         server.close()
+
+
+# --- keys, addresses, redirects -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n", "\t", " "])
+def test_white_space_around_a_key_does_no_harm(serve, tmp_path, monkeypatch, ending):
+    url, _ = serve(echo)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY + ending)
+    assert ask(questions(1), tmp_path / "log", url) == {"q0": "re: question 0"}
+
+
+@pytest.mark.parametrize("key", [KEY + "\n" + KEY, KEY + "é", KEY + "\x00", KEY + " " + KEY])
+def test_a_key_that_no_header_can_carry_is_refused_unseen(tmp_path, monkeypatch, key):
+    monkeypatch.setattr("os.environ", {**os.environ, "OPENAI_API_KEY": key})
+    with pytest.raises(UserError, match="OPENAI_API_KEY.*copy it once more") as error:
+        ask(questions(1), tmp_path / "log", "http://127.0.0.1:9/v1")
+    assert KEY not in str(error.value) and not (tmp_path / "log").exists()
+
+
+def test_every_form_of_a_key_is_redacted(serve, tmp_path, monkeypatch):
+    key = 'sk-"quoted"/and+more'
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    forms = [key, repr(key)[1:-1], urllib.parse.quote(key, safe=""), json.dumps(key)]
+    url, _ = serve(lambda body, attempt: "you sent " + " ".join(forms), key=key)
+    ask(questions(1), tmp_path / "log", url)
+    said = (tmp_path / "log").read_text()
+    assert "you sent" in said and "quoted" not in said
+
+
+def test_a_password_in_the_address_is_shown_nowhere(serve, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    url, _ = serve(lambda body, attempt: 500)
+    url = url.replace("127", "me:pass%2Fword@127") + "?api-key=hidden-one"
+    with pytest.raises(UserError, match="http://127.0.0.1:") as error:
+        ask(questions(1), tmp_path / "log", url, retries=0)
+    said = str(error.value) + (tmp_path / "log").read_text() + "".join(capsys.readouterr())
+    for secret in ("pass%2Fword", "pass/word", "hidden-one"):
+        assert secret not in said
+
+
+def test_a_redirect_to_another_host_is_refused_and_to_the_same_one_followed(serve, tmp_path):
+    there, asked_there = serve(echo)
+
+    def to(url):
+        def redirect(handler):
+            handler.send_response(307)
+            handler.send_header("Location", url)
+            handler.send_header("Content-Length", "0")
+            handler.end_headers()
+
+        return redirect
+
+    url, _ = serve(lambda body, attempt: to(f"{there}/chat/completions"))
+    with pytest.raises(UserError, match="redirects to .*if you trust that, ask it"):
+        ask(questions(1), tmp_path / "log", url)
+    assert not asked_there
+    url, bodies = serve(
+        lambda body, attempt: to("/v1/elsewhere") if attempt == 0 else echo(body, 1)
+    )
+    assert ask(questions(1), tmp_path / "log2", url) == {"q0": "re: question 0"}
+    assert len(bodies) == 2
+
+
+def test_a_key_does_not_travel_in_the_clear(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    for host in ("8.8.8.8", "[2001:4860:4860::8888]", "judge.example.com"):
+        with pytest.raises(UserError, match="use https, or unset OPENAI_API_KEY"):
+            http.key_for(f"http://{host}:8000/v1", "OPENAI_API_KEY")
+        assert http.key_for(f"https://{host}/v1", "OPENAI_API_KEY") == KEY
+    for host in (
+        "localhost",
+        "127.0.0.1",
+        "10.0.0.7",
+        "[::1]",
+        "192.168.1.2",
+        "gpu-box",
+        "a.local",
+    ):
+        assert http.key_for(f"http://{host}:8000/v1", "OPENAI_API_KEY") == KEY
+    monkeypatch.delenv("OPENAI_API_KEY")
+    assert http.key_for("http://8.8.8.8:8000/v1", "OPENAI_API_KEY") == "none"
+
+
+def test_a_proxy_does_not_get_the_key(serve, tmp_path, monkeypatch):
+    asked = []
+    proxy, _ = serve(lambda body, attempt: asked.append(body) or 500)
+    monkeypatch.setenv("HTTP_PROXY", proxy)
+    monkeypatch.setenv("http_proxy", proxy)
+    url, _ = serve(echo)
+    assert ask(questions(1), tmp_path / "log", url) == {"q0": "re: question 0"}
+    assert not asked
+
+
+# --- replies without an end, and replies that are none --------------------------------------------
+
+
+def drip_headers(handler):
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\n")
+    for i in range(60):
+        handler.wfile.write(b"X-More: %d\r\n" % i)
+        handler.wfile.flush()
+        time.sleep(0.1)
+
+
+def only_102(handler):
+    for _ in range(60):
+        handler.wfile.write(b"HTTP/1.1 102 Processing\r\n\r\n")
+        handler.wfile.flush()
+        time.sleep(0.1)
+
+
+def drip_chunk_extension(handler):
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5;")
+    for _ in range(60):
+        handler.wfile.write(b"x")
+        handler.wfile.flush()
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("trouble", [drip_headers, only_102, drip_chunk_extension])
+def test_a_reply_that_never_ends_meets_the_deadline(serve, tmp_path, trouble):
+    url, bodies = serve(lambda body, attempt: trouble if attempt == 0 else echo(body, attempt))
+    began = time.monotonic()
+    assert ask(questions(1), tmp_path / "log", url, timeout=0.5) == {"q0": "re: question 0"}
+    assert time.monotonic() - began < 4 and len(bodies) == 2
+
+
+def packed(content):
+    def send(handler):
+        handler.send_response(200)
+        handler.send_header("Content-Type", "application/json")
+        handler.send_header("Content-Encoding", "gzip")
+        handler.send_header("Content-Length", str(len(content)))
+        handler.end_headers()
+        handler.wfile.write(content)
+
+    return send
+
+
+def test_a_packed_reply_is_read_and_a_bomb_is_not_unpacked(serve, tmp_path):
+    good = gzip.compress(json.dumps(completion("packed")).encode())
+    url, _ = serve(lambda body, attempt: packed(good))
+    assert ask(questions(1), tmp_path / "log", url) == {"q0": "packed"}
+    bomb = gzip.compress(b" " * 400_000_000, 1)
+    url, _ = serve(lambda body, attempt: packed(bomb) if attempt == 0 else echo(body, 1))
+    tracemalloc.start()
+    assert ask(questions(1), tmp_path / "log2", url) == {"q0": "re: question 0"}
+    assert tracemalloc.get_traced_memory()[1] < 200_000_000
+    tracemalloc.stop()
+
+
+def odd(**changes):
+    reply = completion("x")
+    for name, value in changes.items():
+        if name == "usage":
+            reply["usage"] = value
+        elif name == "choices":
+            reply["choices"] = value
+        else:
+            reply["choices"][0]["message"][name] = value
+    return lambda handler: handler.reply(200, reply)
+
+
+def deep(handler):
+    text = b'{"a":' * 100_000 + b"1" + b"}" * 100_000
+    begin(handler, len(text))
+    handler.wfile.write(text)
+
+
+ODD = {
+    "deep JSON": deep,
+    "tokens as text": odd(usage={"total_tokens": "12"}),
+    "content in parts": odd(content=[{"type": "text", "text": "yes"}]),
+    "null content": odd(content=None),
+    "empty content": odd(content=" "),
+    "refused": odd(content=None, refusal="I cannot look at this"),
+    "an error inside": odd(choices=[]),
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_what_is_no_answer_is_logged_and_asked_again(serve, tmp_path, what):
+    state = {"well": False}
+    url, bodies = serve(lambda body, attempt: echo(body, 0) if state["well"] else ODD[what])
+    log = tmp_path / "log"
+    assert ask(questions(2), log, url, tries=2, retries=0) == {"q0": None, "q1": None}
+    reasons = [entry["reason"] for entry in lines(log)]
+    assert len(reasons) == len(bodies) >= 2 and all(reasons)
+    if what == "refused":
+        assert "I cannot look at this" in reasons[0]
+    state["well"] = True
+    assert ask(questions(2), log, url) == {"q0": "re: question 0", "q1": "re: question 1"}
+
+
+@pytest.mark.parametrize(
+    "word, message",
+    [
+        ("max_tokens", "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."),
+        ("temperature", "Unsupported value: 'temperature' does not support 0 with this model."),
+    ],
+)
+def test_a_server_that_refuses_a_parameter_is_adapted_to_once(serve, tmp_path, word, message):
+    def script(body, attempt):
+        if word in body:
+            return lambda handler: handler.reply(400, {"error": {"message": message}})
+        return echo(body, attempt)
+
+    url, bodies = serve(script)
+    sampling = {"temperature": 0, "max_tokens": 9}
+    got = ask(questions(6), tmp_path / "log", url, concurrency=2, **sampling)
+    assert None not in got.values() and len(bodies) <= 6 + 2
+    assert all(word in entry["adapted"][0] for entry in lines(tmp_path / "log"))
+    assert ask(questions(6), tmp_path / "log", url, **sampling) == got and len(bodies) <= 6 + 2
+
+
+def test_a_system_message_becomes_the_users_where_there_must_be_one(serve, tmp_path):
+    def script(body, attempt):
+        if body["messages"][0]["role"] == "system":
+            message = {"error": {"message": "Conversation roles must alternate user/assistant"}}
+            return lambda handler: handler.reply(400, message)
+        return echo(body, attempt)
+
+    url, _ = serve(script)
+    request = [("q", [{"role": "system", "content": "judge this"}])]
+    assert ask(request, tmp_path / "log", url) == {"q": "re: judge this"}
+
+
+# --- the end of a run while replies are under way -------------------------------------------------
+
+
+def test_replies_under_way_are_kept_when_the_key_is_refused(serve, tmp_path):
+    """Seven are held back until the eighth has been refused."""
+    refused, held = threading.Event(), threading.Semaphore(0)
+
+    def script(body, attempt):
+        if body["messages"][-1]["content"] == "question 7":
+            for _ in range(7):
+                held.acquire()
+            refused.set()
+            return 401
+        held.release()
+        refused.wait(20)
+        time.sleep(0.5)
+        return echo(body, attempt)
+
+    url, _ = serve(script)
+    with pytest.raises(UserError, match="refuses the key"):
+        ask(questions(8), tmp_path / "log", url, concurrency=8)
+    assert {entry["id"] for entry in lines(tmp_path / "log")} == {f"q{i}" for i in range(7)}
+
+
+def test_control_c_on_a_silent_server_ends_soon(serve, tmp_path):
+    asked = threading.Event()
+    url, _ = serve(lambda body, attempt: asked.set() or time.sleep(30) or 500)
+
+    def interrupt():
+        asked.wait(20)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        ask(questions(3), tmp_path / "log", url, timeout=100)
+    assert time.monotonic() - began < 12
