@@ -24,6 +24,7 @@ import math
 import os
 import random
 import re
+import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +33,7 @@ import torch
 from tqdm import tqdm
 
 from support import processes
-from support.cli import UserError, run_command, within
+from support.cli import Unreadable, UserError, run_command, within
 from support.formats import IMAGES, RESPONSES
 from support.images import crop, open_image, pixel_hash
 from support.records import Records, add_data_options
@@ -102,7 +103,7 @@ def image_of(record, field, seed, allow_outside):
     try:
         image = open_image(record.get(field, record["image"]), record["root"], allow_outside)
     except UserError as error:
-        raise UserError(f"{record['source']}: {error}") from error
+        raise type(error)(f"{record['source']}: {error}") from error
     if field not in record:
         place = record["source"].rpartition(":")[2]
         image = crop(image, random.Random(f"{seed} {place}"))
@@ -128,35 +129,37 @@ class Examples(torch.utils.data.Dataset):
         self.prompts, self.options = prompts, options
         self.tried = self.bad = 0  # records
         self.cells = OBJECTIVES[options.objective].cells
+        self.folders = set()  # from which images were read
 
     def __len__(self):
         return len(self.records)
 
     def __getitem__(self, i):
         options = self.options
+        limits = options.seed, options.max_length, options.allow_outside
         try:
-            rows = build_rows(
-                self.records[i],
-                self.prompts,
-                self.cells,
-                options.seed,
-                options.max_length,
-                options.allow_outside,
-            )
+            record = self.records[i]
+            rows = build_rows(record, self.prompts, self.cells, *limits)
+            self.folders.update(folders_of(record))
             return Example(i, rows, key_of(rows))
         except UserError as error:
+            for folder in self.folders:
+                if not os.path.isdir(folder):
+                    error = Unreadable(f"{error}\n{folder} is gone: is its disk still there?")
             return Example(i, error=error)
 
     def usable(self, examples, left_out):
         """Those without an error. The others end the run, or with --skip-bad go to `left_out`; a
-        field that the objective needs ends it either way, since the record is not bad."""
+        field that the objective needs, or a disk that cannot be read, ends it either way, since the
+        record is not bad."""
+        check = f"`python data.py check {shlex.quote(self.options.data)}`"
         for example in examples:
-            if isinstance(example.error, MissingField):
+            if isinstance(example.error, MissingField | Unreadable):
                 raise example.error
             if example.error and not self.options.skip_bad:
                 raise UserError(
-                    f"{example.error}\n--skip-bad goes on without such records; "
-                    f"`python data.py check {self.options.data}` lists them all"
+                    f"{example.error}\n--skip-bad goes on without such records; {check} lists "
+                    "them all"
                 )
             if example.error:
                 left_out[str(example.error)] = example.number
@@ -165,10 +168,34 @@ class Examples(torch.utils.data.Dataset):
         if self.tried >= 20 and self.bad > MOST_BAD * self.tried:
             raise UserError(
                 f"{self.bad} of {self.tried} records of {self.options.data} are bad, too many for "
-                f"--skip-bad: `python data.py check {self.options.data}` shows why; train on a "
-                "file without them"
+                f"--skip-bad: {check} shows why; train on a file without them"
             )
         return [example for example in examples if not example.error]
+
+    def of_step(self, step):
+        """Record numbers of one optimiser step."""
+        return records_of_step(step, len(self), self.options)
+
+
+def folders_of(record):
+    """Where a record's images are, if they are files."""
+    images = [record[name] for name in IMAGES if isinstance(record.get(name), str)]
+    return {os.path.dirname(record["root"] / image) for image in images if len(image) < 1000}
+
+
+def held_out(path, prompts, options, left_out):
+    """(examples, samples) of a held-out file, read now and kept: a bad record is named before the
+    first step. The samples, (prompt, image), are answered now and then for people to see."""
+    if not path:
+        return [], []
+    every = Examples(path, prompts, options)
+    examples = every.usable([every[i] for i in range(len(every))], left_out)
+    samples = []
+    for example in examples[:2]:
+        record = every.records[example.number]
+        image = image_of(record, "image", options.seed, options.allow_outside)
+        samples.append((record["prompt"], image))
+    return examples, samples
 
 
 def records_of_step(step, n, options):
@@ -197,7 +224,7 @@ def read_ahead(examples, first_step, options, rank, world):
         pin_memory=options.device != "cpu",  # by a thread, which takes over from the workers
         num_workers=options.workers,
         multiprocessing_context="fork" if options.workers else None,
-        worker_init_fn=processes.leave_signals_to_the_parent,
+        worker_init_fn=processes.outlive_a_signal,
     )
     return iter(loader)
 
@@ -212,7 +239,7 @@ def embed(files, encoder, cache, batch=64):
     from vlm.load import fingerprint, load_encoder
 
     model, preprocess = load_encoder(encoder)
-    weights, vectors, pixels = fingerprint(model), [], []
+    weights, vectors, pixels = fingerprint(encoder), [], []
     Path(cache).mkdir(parents=True, exist_ok=True)
     for i in tqdm(range(0, len(files), batch), desc="embedding", unit=" batches"):
         images = [open_image(str(file)) for file in files[i : i + batch]]

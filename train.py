@@ -15,6 +15,8 @@ LoRA script: 0.05, at a rate of 5e-7); a record that does not fit --max-length i
 import dataclasses
 import json
 import math
+import os
+import shlex
 import sqlite3
 import sys
 import time
@@ -25,14 +27,14 @@ import torch
 from tqdm import tqdm
 
 import symmpo
-from data import Examples, image_of, look_at_pairs, read_ahead, records_of_step
+from data import Examples, held_out, look_at_pairs, read_ahead, records_of_step
 from support import processes
-from support.checkpoint import RunFolder
+from support.checkpoint import RunFolder, means
 from support.cli import UserError, check_numbers, option, parse, run_command
 from support.reference import ReferenceCache
 from vlm.generate import generate
-from vlm.load import add_lora, config_hash, fingerprint, load_model
-from vlm.logprobs import PACKABLE, add_image_features, logp_table, response_lengths
+from vlm.load import add_lora, config_hash, fingerprint, load_model, mixed_precision
+from vlm.logprobs import add_image_features, logp_table, need_packable, response_lengths
 from vlm.prompts import Prompts, prompt_format
 
 TINY = Path(__file__).resolve().parent / "tiny"
@@ -113,6 +115,9 @@ class Options(symmpo.Weights):
         if self.workers is None:
             self.workers = 0 if self.device == "cpu" else 2
         self.out = self.out or f"runs/{self.objective}-{time.strftime('%Y%m%d-%H%M%S')}"
+        self.cache = os.path.expanduser(self.cache)
+        if self.cache.startswith("~"):
+            raise UserError(f"--cache {self.cache}: there is no home folder; name a folder")
 
     def weights(self):
         """The objective's weights, each replaced by its option where one is given."""
@@ -125,6 +130,7 @@ class Options(symmpo.Weights):
 
 # What a resumed run may set anew, and what processes differ in; any other option is another run.
 MAY_CHANGE = ("resume", "out", "save_every", "sample_every", "workers", "cache", "device")
+MAY_CHANGE += ("skip_bad", "max_length", "allow_outside")  # what messages advise
 
 # --- policy and reference -------------------------------------------------------------------------
 
@@ -141,7 +147,7 @@ class Run:
     cache: ReferenceCache
     examples: Examples
     held_out: list  # of Example
-    samples: list  # held-out records that are answered now and then, for people to see
+    samples: list  # held-out (prompt, image), answered now and then for people to see
     identity: dict  # what makes it this run and no other
     rank: int  # which of torchrun's processes this is
     world: int  # how many there are
@@ -152,6 +158,7 @@ def prepare(options):
     """Load and check everything, so that what is wrong is said before a step is paid for."""
     options.check()
     rank, world, options.device = processes.start(options.device)
+    options.out = processes.rank_0s(options.out)  # a default has the time in it
     torch.manual_seed(options.seed)
     examples = Examples(options.data, None, options)  # opened only: records are read when needed
     if options.steps == 0:
@@ -162,24 +169,18 @@ def prepare(options):
     model, processor = load_model(options.model, options.device, dtype, options.load_4bit)
     if model.num_parameters() < 10e6:
         torch.set_num_threads(1)  # matrices too small to be shared between threads
-    if model.config.model_type not in PACKABLE and not options.no_share_prefix:
-        raise UserError(
-            f"{options.model}: sharing the prefix is not exact for {model.config.model_type} "
-            "models; add --no-share-prefix"
-        )
+    if not options.no_share_prefix:
+        need_packable(model)
     examples.prompts = Prompts(processor, prompt_format(model.config, options.prompt_format))
 
-    # Held-out records are read now and kept, so that a bad one is named before the first step.
-    left_out, held_out, samples = {}, [], []
-    if options.eval_data:
-        every = Examples(options.eval_data, examples.prompts, options)
-        held_out = every.usable([every[i] for i in range(len(every))], left_out)
-        samples = [every.records[example.number] for example in held_out[:2]]
+    left_out = {}
+    held, samples = held_out(options.eval_data, examples.prompts, options, left_out)
 
     # A reference cache belongs to weights, architecture, precision and device: log-probs of equal
     # tokens differ a little between devices, and rho must be 0 at the start.
-    base, weights = fingerprint(model), options.weights()
-    cache = f"{base}-{config_hash(model)}-{options.dtype}-{options.device.split(':')[0]}.sqlite"
+    base, weights = fingerprint(options.model), options.weights()
+    kind = f"{options.dtype}{'-nf4' if options.load_4bit else ''}-{options.device.split(':')[0]}"
+    cache = f"{base}-{config_hash(model)}-{kind}.sqlite"
 
     # What a checkpoint is checked against: resuming with another rate would be another run.
     identity = dataclasses.asdict(options) | dataclasses.asdict(weights)
@@ -196,9 +197,9 @@ def prepare(options):
         weights=weights,
         policy=policy,
         prompts=examples.prompts,
-        cache=ReferenceCache(Path(options.cache).expanduser() / cache),
+        cache=ReferenceCache(Path(options.cache, cache)),
         examples=examples,
-        held_out=held_out,
+        held_out=held,
         samples=samples,
         identity=identity,
         rank=rank,
@@ -213,21 +214,14 @@ def policy_table(run, rows, records):
     With the adapter on this is log pi_theta, with gradients; `reference_table` calls it with the
     adapter off. One function for both, so that they cannot differ in anything else.
     """
-    from peft.helpers import disable_input_dtype_casting
-
     options = run.options
     # On a GPU the adapters (fp32) run in bf16, and rows are packed into one sequence until it is
     # long enough to be worth a forward pass; on a CPU that gains nothing.
     on_cuda = options.device != "cpu"
-    mixed = on_cuda and options.dtype == "bfloat16"
-    # Autocast brings the adapters' inputs to bf16; before that PEFT would copy each to fp32.
-    casting_is_waste = mixed and not options.grad_checkpointing
-    packed = not options.no_share_prefix
     tokens_per_forward = 2048 if on_cuda else 0
-    with (
-        torch.autocast("cuda", torch.bfloat16, enabled=mixed),
-        disable_input_dtype_casting(run.policy, active=casting_is_waste),
-    ):
+    mixed = on_cuda and options.dtype == "bfloat16"
+    with mixed_precision(run.policy, mixed, options.grad_checkpointing):
+        packed = not options.no_share_prefix
         return logp_table(run.policy, rows, records, packed, tokens_per_forward)
 
 
@@ -297,19 +291,11 @@ def verify(run, example, at_start):
     if not run.objective.reference:
         print(f"step 0      {run.options.objective} reads no reference: nothing to compare")
         return
-    # Sums of log-probs in bf16 may differ by a part of a nat from one machine to the next; another
-    # model or another template is off by far more.
-    rows, keys = rows_of([example])
-    fresh = reference_table(run, rows, keys, use_cache=False)
-    cached = reference_table(run, rows, keys)
-    for cell in run.objective.cells:
-        off = (fresh[cell] - cached[cell]).abs().item()
-        if math.isnan(off) or off > 0.5 + 0.02 * fresh[cell].abs():
-            cache = f"the reference cache {run.options.cache}"
-            raise UserError(f"{cache} was made differently, off by {off:.2f} nats: delete it")
+    fresh = verify_cache(run, example)
     if not at_start:
         return
 
+    rows, _ = rows_of([example])
     policy = policy_table(run, rows, records=1).detach()  # as the loop computes it
     table = symmpo.Table(policy - fresh, policy, response_lengths(rows, 1).to(policy.device))
     rho = torch.stack([table.rho[cell] for cell in run.objective.cells]).abs().max().item()
@@ -327,6 +313,21 @@ def verify(run, example, at_start):
             "another template does this"
         )
     print(f"step 0      rho = 0 within {rho:.1g} nats, loss {loss:.6f}, {closed_form}")
+
+
+def verify_cache(run, example):
+    """The reference's log-probs of one record, computed anew; refuses a cache that has others."""
+    rows, keys = rows_of([example])
+    fresh = reference_table(run, rows, keys, use_cache=False)
+    cached = reference_table(run, rows, keys)
+    # Sums of log-probs in bf16 may differ by a part of a nat from one machine to the next; another
+    # model or another template is off by far more.
+    for cell in run.objective.cells:
+        off = (fresh[cell] - cached[cell]).abs().item()
+        if math.isnan(off) or off > 0.5 + 0.02 * fresh[cell].abs():
+            cache = f"the reference cache {run.options.cache}"
+            raise UserError(f"{cache} was made differently, off by {off:.2f} nats: delete it")
+    return fresh
 
 
 def say_hello(run, start):
@@ -373,10 +374,9 @@ def train(options):
     folder = RunFolder(options.out, options.resume, run.rank)
     parameters = [p for p in run.policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay)
-    done = start = folder.load(run.policy, optimizer, run.identity)
-    used = 0  # records of this run
+    done = start = folder.load(run, optimizer)
+    used, whole = 0, True  # records of this run; is the adapter that of a whole step?
     if run.rank == 0:
-        folder.forget_metrics_after(start)
         say_hello(run, start)
     batches = read_ahead(run.examples, start, options, run.rank, run.world)
     bar = tqdm(total=options.steps, initial=start, unit="step", disable=run.rank > 0 or None)
@@ -391,8 +391,10 @@ def train(options):
                 optimizer.param_groups[0]["lr"] = lr
 
                 # Gradients of the sum of the losses, micro-batch after micro-batch.
-                totals, numbers = forward_and_backward(run, batches, step, stop)
+                work = forward_and_backward, run, batches, step, stop
+                totals, numbers = processes.together(*work)
                 totals = processes.add_up(totals)
+                run.left_out = processes.merged(run.left_out)
                 if totals["stop"]:
                     break  # a resumed run takes this step from its beginning
                 done = step + 1
@@ -413,8 +415,10 @@ def train(options):
                         f"numbers {sorted(numbers)} (from 0); the state before this step is in "
                         f"{folder.path / f'checkpoint-{step}'}"
                     )
+                whole = False  # until all weights have taken the step
                 optimizer.step()
                 optimizer.zero_grad()
+                whole = True
 
                 # Log, look at held-out records, save.
                 line = {"step": done, "lr": lr, "grad_norm": norm}
@@ -423,17 +427,17 @@ def train(options):
                     line |= evaluate_held_out(run)
                 if run.rank == 0:
                     folder.log(line)
-                    if done % options.save_every == 0:
-                        folder.save(done, run.policy, optimizer, run.identity)
+                if done % options.save_every == 0:
+                    folder.save(done, run, optimizer)
                 show(bar, line)
-        except UserError:  # a bad record, or no finite loss, costs no finished work
-            if used:
-                folder.save(done, run.policy, optimizer, run.identity)
+        except Exception:  # a bad record, no memory, a dead worker: costs no finished work
+            if used and whole:
+                folder.save(done, run, optimizer)
             raise
     if run.left_out and not used:
         raise UserError(f"no usable record; look with `python data.py check {options.data}`")
+    folder.save(done, run, optimizer)
     if run.rank == 0:
-        folder.save(done, run.policy, optimizer, run.identity)
         folder.plot()
     return run, done
 
@@ -457,6 +461,8 @@ def forward_and_backward(run, batches, step, stop):
     alike; the mean is taken once, in the loop, by the number of records there really were.
     """
     totals, numbers = Counter(), []
+    steps_per_epoch = math.ceil(len(run.examples) / run.options.batch_size)
+    is_new_epoch = step > 0 and step % steps_per_epoch == 0
     # Process r of n takes every n-th record of the step, so that n does not change the batch.
     mine = records_of_step(step, len(run.examples), run.options)[run.rank :: run.world]
     for _ in range(math.ceil(len(mine) / run.options.micro_batch)):
@@ -468,6 +474,8 @@ def forward_and_backward(run, batches, step, stop):
         totals["waited"] += time.time() - asked
         if not examples:
             continue
+        if not numbers and is_new_epoch and run.objective.reference:
+            verify_cache(run, examples[0])
         loss, metrics = compute_loss(run, examples)
         loss.sum().backward()  # adds to .grad; the graph is freed, and with it the memory
         numbers += [example.number for example in examples]
@@ -476,20 +484,6 @@ def forward_and_backward(run, batches, step, stop):
             totals["tokens"] += sum(row.tokens() for row in example.rows)
         totals.update({name: values.sum().item() for name, values in metrics.items()})
     return totals, numbers
-
-
-def means(totals, seconds, world):
-    """A line of metrics.jsonl from one step's sums over all processes."""
-    records = totals["records"]
-    line = {
-        "records": records,
-        "tokens_per_second": totals["tokens"] / seconds,
-        "data_wait": totals["waited"] / world / seconds,  # share of the time
-    }
-    for name, value in totals.items():
-        if name not in ("records", "tokens", "waited", "stop"):
-            line[name] = value / records
-    return line
 
 
 def evaluate_held_out(run):
@@ -509,8 +503,8 @@ def evaluate_held_out(run):
     totals = processes.add_up(totals)
     found = {f"eval/{name}": value / totals["records"] for name, value in totals.items()}
 
-    texts = [record["prompt"] for record in run.samples]
-    images = [image_of(record, "image", 0, run.options.allow_outside) for record in run.samples]
+    texts = [text for text, _ in run.samples]
+    images = [image for _, image in run.samples]
     answers = generate(run.policy, run.prompts, texts, images, max_new_tokens=128)
     found["samples"] = [f"{text} -> {answer}" for text, answer in zip(texts, answers)]
     run.policy.train()
@@ -552,7 +546,9 @@ def command(argv):
         run, done = train(options)
     except (OSError, sqlite3.Error) as error:  # perhaps a full disk
         raise UserError(f"{error}; this run writes to {options.out} and {options.cache}") from error
-    left_out = processes.add_up(run.left_out)  # every process has met others
+    except torch.OutOfMemoryError as error:
+        less = "--micro-batch 1, --grad-checkpointing, --load-4bit"
+        raise UserError(f"out of memory, less at a time: {less} ({error})") from error
     if run.rank > 0:
         return  # rank 0 speaks for all
     # Without data of one's own, the run ends with what it was for: less hallucination.
@@ -560,11 +556,11 @@ def command(argv):
         from benchmarks.answers import before_and_after
 
         before_and_after(run.policy, run.prompts, TINY / "built" / "amber")
-    for reason in left_out:
+    for reason in run.left_out:
         print(f"left out: {reason}")
     print(f"adapter     {options.out}/checkpoint-{done} (PEFT), curves {options.out}/curves.png")
     if done < options.steps:
-        again = f"python train.py {' '.join(argv)} --out {options.out} --resume"
+        again = f"python train.py {shlex.join([*argv, '--out', options.out, '--resume'])}"
         print(f"stopped after step {done}; go on with: {again}")
         sys.exit(130)
 

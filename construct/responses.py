@@ -243,7 +243,7 @@ def answer_locally(requests, log, path, temperature, max_tokens, batch=8):
     whole if a killed run left it incomplete: the same texts."""
     model, processor = load_model(path)
     prompts = Prompts(processor, prompt_format(model.config))
-    weights, ids = fingerprint(model), list(requests)
+    weights, ids = fingerprint(path), list(requests)
     with ReplyLog(log) as kept:
         for i in tqdm(range(0, len(ids), batch), desc=Path(log).stem, unit=" batches"):
             here = ids[i : i + batch]

@@ -87,8 +87,8 @@ def ask_all(
         another 4xx, is logged with the reason, yielded as None, and asked again by the next run.
     key_env: environment variable of the key (if unset, OPENAI_API_KEY), sent to the server alone.
     sampling: temperature, max_tokens, ... in the server's words.
-    Raises UserError when going on is pointless (key or model refused, server gone for good). However
-    it ends, replies that are under way have GRACE seconds to come, and are in the log.
+    Raises UserError when going on is pointless (key or model refused, server gone for good).
+    However it ends, replies that are under way have GRACE seconds to come, and are in the log.
     """
     import openai
 

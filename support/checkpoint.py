@@ -1,49 +1,66 @@
 """A run's folder: checkpoint-N/ (adapter, optimiser, options), metrics.jsonl, curves.png.
 
 A checkpoint is whole or absent: it is written under another name, flushed and renamed, and older
-ones go only after that.
+ones go only after that. It carries hashes of its files, of what metrics.jsonl was then, and of the
+records that were trained on: a run that goes on from it goes on with the same, or is refused.
 """
 
+import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import torch
 
 from support.cli import UserError
-from support.files import lock, whole_lines, write_lines
+from support.files import lock, whole_lines
 
 
 class RunFolder:
-    """Rank 0 holds the folder's lock; all processes may read it. `identity` is what makes two runs
-    the same, {name: value}; resuming with another is refused."""
+    """Rank 0 alone writes, and holds the folder's lock; all processes may read."""
 
     def __init__(self, path, resume, rank=0):
         self.path, self.rank = Path(path), rank
+        self.hashes, self.hashed_steps = {}, 0  # {record number: hash} of the first steps' records
+        if rank > 0:
+            return
         self.path.mkdir(parents=True, exist_ok=True)
-        self.lock = lock(self.path) if rank == 0 else None
+        self.lock = lock(self.path)
         used = self.checkpoints() or (self.path / "metrics.jsonl").exists()
-        if rank == 0 and used and not resume:
+        if used and not resume:
             raise UserError(f"{path}: holds another run; choose another --out, or --resume it")
 
     def checkpoints(self):
-        """The checkpoint folders, oldest first."""
-        found = self.path.glob("checkpoint-*[0-9]")
-        return sorted(found, key=lambda folder: int(folder.name.split("-")[1]))
+        """Our own folders, oldest first; checkpoint-3-backup is somebody else's."""
+        found = {}
+        for folder in self.path.glob("checkpoint-*"):
+            ours = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+            if ours:
+                found[int(ours[1])] = folder
+        return [found[step] for step in sorted(found)]
 
-    def save(self, step, policy, optimizer, identity):
-        """checkpoint-STEP. Where it cannot be written, the earlier ones stay as they were."""
+    def save(self, step, run, optimizer):
+        """checkpoint-STEP of a train.Run. Where it cannot be written, the earlier ones stay as they
+        were."""
+        if self.rank > 0:
+            return
         final = self.path / f"checkpoint-{step}"
-        unfinished = self.path / f"unfinished-{self.rank}"
+        unfinished = self.path / "unfinished"
         try:
             if not final.exists():
-                policy.save_pretrained(unfinished)  # PEFT's format
+                run.policy.save_pretrained(unfinished)  # PEFT's format
                 torch.save(optimizer.state_dict(), unfinished / "optimizer.pt")
-                (unfinished / "run.json").write_text(json.dumps(identity, indent=1))
+                trained_on = self.trained_on(step, run)
+                (unfinished / "records.json").write_text(json.dumps(trained_on))
+                about = {**run.identity, "left_out": run.left_out, "files": hashes(unfinished)}
+                about["metrics"] = self.hash_of_metrics()
+                (unfinished / "run.json").write_text(json.dumps(about, indent=1))
                 for path in [*unfinished.iterdir(), unfinished]:
                     flush(path)
-                self.put_in_place(unfinished, final)
+                unfinished.rename(final)
+                flush(self.path)
         except Exception as error:  # a full disk has several kinds: OSError, safetensors', torch's
             raise UserError(
                 f"{final}: cannot be written ({error}); earlier checkpoints are as they were, and "
@@ -55,37 +72,66 @@ class RunFolder:
             if folder != final:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def put_in_place(self, unfinished, final):
-        """Rename, unless another process has saved the same step in the meantime."""
-        try:
-            unfinished.rename(final)
-        except OSError:
-            if not final.exists():
-                raise
-
-    def load(self, policy, optimizer, identity):
+    def load(self, run, optimizer):
         """Put the last checkpoint back, if there is one; returns the step to go on with."""
         from peft import load_peft_weights, set_peft_model_state_dict
 
         if not self.checkpoints():
+            self.cut_metrics(0)
             return 0
         folder = self.checkpoints()[-1]
         try:
-            old = json.loads((folder / "run.json").read_text())
+            about = json.loads((folder / "run.json").read_text())
+            for name, value in about["files"].items():
+                if hashes(folder).get(name) != value:
+                    raise ValueError(f"{name} is not what was saved")
             adapter = load_peft_weights(folder, "cpu")
             state = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
+            trained_on = json.loads((folder / "records.json").read_text())
+            size, _ = about["metrics"]
+            if self.hash_of_metrics(size) != about["metrics"]:
+                raise ValueError("metrics.jsonl beside it is not what it was")
         except Exception as error:  # JSON, safetensors and torch have a kind each
             raise UserError(f"{folder}: damaged, cannot resume from it: {error}") from error
         changes = [
-            f"{name} was {old.get(name)!r}, is {value!r}"
-            for name, value in identity.items()
-            if old.get(name) != value
+            f"{name} was {about.get(name)!r}, is {value!r}"
+            for name, value in run.identity.items()
+            if about.get(name) != value
         ]
         if changes:
             raise UserError(f"{folder}: cannot resume, this is another run: {'; '.join(changes)}")
-        set_peft_model_state_dict(policy, adapter)
+        step = int(folder.name.split("-")[1])
+        self.need_same_records(step, run, trained_on)
+        run.left_out.update(about["left_out"])
+        set_peft_model_state_dict(run.policy, adapter)
         optimizer.load_state_dict(state)
-        return int(folder.name.split("-")[1])
+        self.cut_metrics(size)
+        return step
+
+    # --- records ----------------------------------------------------------------------------------
+
+    def trained_on(self, steps, run):
+        """{record number: hash} of the records of the first steps, but for those left out."""
+        for step in range(self.hashed_steps, steps):
+            for number in run.examples.of_step(step):
+                if number not in self.hashes:
+                    self.hashes[number] = run.examples.records.hash(number)
+        self.hashed_steps = steps
+        skipped = set(run.left_out.values())
+        return {number: hash for number, hash in self.hashes.items() if number not in skipped}
+
+    def need_same_records(self, steps, run, trained_on):
+        """Refuse data in which a record of the first steps is another one now."""
+        records = run.examples.records
+        for name, hash in trained_on.items():
+            number = int(name)
+            if records.hash(number) != hash:
+                raise UserError(
+                    f"{records.source(number)}: changed since it was trained on; put the record "
+                    "back to go on with this run, or start another with a new --out"
+                )
+            self.hashes[number] = hash
+        self.hashed_steps = steps
 
     # --- metrics.jsonl ----------------------------------------------------------------------------
 
@@ -93,10 +139,16 @@ class RunFolder:
         """The lines of metrics.jsonl, dicts."""
         return whole_lines(self.path / "metrics.jsonl")
 
-    def forget_metrics_after(self, step):
+    def hash_of_metrics(self, size=None):
+        """[bytes, hash] of metrics.jsonl, or of its first bytes."""
+        path = self.path / "metrics.jsonl"
+        raw = path.read_bytes()[:size] if path.exists() else b""
+        return [len(raw), hashlib.sha256(raw).hexdigest()]
+
+    def cut_metrics(self, size):
         """What was logged behind the checkpoint will be logged again."""
-        kept = [line for line in self.metrics() if line["step"] <= step]
-        write_lines(self.path / "metrics.jsonl", kept)
+        if self.rank == 0 and (self.path / "metrics.jsonl").exists():
+            os.truncate(self.path / "metrics.jsonl", size)
 
     def log(self, line):
         """Append one step's metrics."""
@@ -124,6 +176,29 @@ class RunFolder:
                     axis.legend(fontsize=8)
             axis.set(title=title, xlabel="optimiser step")
         figure.savefig(self.path / "curves.png", dpi=110)
+
+
+def means(totals, seconds, world):
+    """A line of metrics.jsonl from one step's sums over all processes."""
+    records = totals["records"]
+    line = {
+        "records": records,
+        "tokens_per_second": totals["tokens"] / max(seconds, 1e-9),  # a clock may stand still
+        "data_wait": totals["waited"] / world / max(seconds, 1e-9),  # share of the time
+    }
+    for name, value in totals.items():
+        if name not in ("records", "tokens", "waited", "stop"):
+            line[name] = value / records
+    return line
+
+
+def hashes(folder):
+    """{name: hash} of a folder's files, but for the page that PEFT writes for people."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.name not in ("README.md", "run.json"):
+            found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
 
 
 def flush(path):

@@ -1,22 +1,57 @@
 """Command lines: one kind of error for the user's mistakes, and options from a dataclass."""
 
 import argparse
+import contextlib
 import dataclasses
 import math
+import os
+import signal
 import sys
+import threading
 
 
 class UserError(Exception):
     """Something that the person at the keyboard can mend: what is wrong, where, and what to do."""
 
 
+class Unreadable(UserError):
+    """Not a record is bad but the disk, the network, or a permission."""
+
+
 def run_command(function, *args):
     """function(*args); what its user can mend ends in one line on stderr and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # texts that a terminal may not show
     try:
         return function(*args)
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        told_by_another = type(error).__name__ == "Shared" and os.environ.get("RANK", "0") != "0"
+        if not told_by_another:
+            print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("error: interrupted; the same command starts again", file=sys.stderr)
+    sys.exit(2)
+
+
+@contextlib.contextmanager
+def at_most(seconds, what):
+    """Ends what may never end, such as a regular expression of somebody else's. Only a main thread
+    can do that."""
+
+    def stop(number, frame):
+        raise UserError(f"{what} takes longer than {seconds} s")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def option(default, text, choices=None, above_0=False):

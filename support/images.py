@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps, PngImagePlugin
 
-from support.cli import UserError
+from support.cli import Unreadable, UserError
 
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # a long text chunk is no reason to refuse a picture
 BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
@@ -53,6 +53,8 @@ def open_image(source, root=".", allow_outside=True):
         with Image.open(file) as image:
             return to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # PIL's readers raise many kinds
+        if isinstance(error, OSError) and error.errno:
+            raise Unreadable(f"{name}: {error}") from error
         if b"git-lfs" in first_bytes(file):
             raise UserError(
                 f"{name}: a Git LFS pointer, not the image: run `git lfs pull`"

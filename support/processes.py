@@ -2,9 +2,12 @@
 
 import os
 import signal
+import threading
 from collections import Counter
 
 import torch
+
+from support.cli import UserError
 
 
 def start(device):
@@ -18,16 +21,53 @@ def start(device):
     return rank, world, device
 
 
+def rank_0s(value):
+    """The value of process 0, for all."""
+    return gather(value)[0]
+
+
+def gather(value):
+    """[the value of each process]"""
+    if not torch.distributed.is_initialized():
+        return [value]
+    everyone = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, value)
+    return everyone
+
+
 def add_up(sums):
     """{name: number} added up over all processes."""
-    if not torch.distributed.is_initialized():
-        return sums
-    everyone = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, sums)
     total = Counter()
-    for part in everyone:
+    for part in gather(sums):
         total.update(part)  # not +, which drops what is not positive
     return total
+
+
+def merged(found):
+    """One dict of all processes' dicts."""
+    whole = {}
+    for part in gather(found):
+        whole.update(part)
+    return whole
+
+
+class Shared(UserError):
+    """An error that all processes know of: one of them says it."""
+
+
+def together(function, *args):
+    """function(*args) in every process; an error in one ends all, with its message."""
+    result, failure = None, None
+    try:
+        result = function(*args)
+    except Exception as error:
+        failure = error
+    for text in gather(None if failure is None else str(failure)):
+        if text is not None and isinstance(failure, UserError | None):
+            raise Shared(text) from failure
+    if failure is not None:
+        raise failure  # nobody's mistake at the keyboard: with its traceback
+    return result
 
 
 def add_up_gradients(parameters):
@@ -39,11 +79,16 @@ def add_up_gradients(parameters):
 
 
 class StopRequest:
-    """Inside the with block, Ctrl-C and SIGTERM only set `.received`: the loop ends by itself."""
+    """Inside the with block, Ctrl-C, SIGTERM and a closed terminal (SIGHUP) only set `.received`:
+    the loop ends by itself."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __enter__(self):
-        self.received = False
-        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.received, self.before = False, {}
+        for number in self.SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                self.before[number] = signal.signal(number, self._note)
         return self
 
     def _note(self, number, frame):
@@ -54,6 +99,9 @@ class StopRequest:
             signal.signal(number, handler)
 
 
-def leave_signals_to_the_parent(worker):
-    """For data loading workers, which a signal to the process group would kill."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def outlive_a_signal(worker):
+    """For data loading workers. A signal to the whole process group ends the run only after the
+    micro-batch at hand, and they have to live until then; but not longer than three seconds, or a
+    parent that fails would wait for them for ever."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: threading.Timer(3, os._exit, [0]).start())

@@ -6,6 +6,7 @@ not read is named for what it is, with the way on.
 
 import csv
 import glob
+import hashlib
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from bisect import bisect_right
 from itertools import accumulate
 from pathlib import Path
 
-from support.cli import UserError
+from support.cli import Unreadable, UserError
 from support.formats import FIELDS, IMAGES, LAYOUTS, normalise
 from support.images import decoded, need_inside, open_image, pixel_hash
 
@@ -304,6 +305,8 @@ class Records:
             way = "convert it, perhaps with `iconv -f LATIN1 -t UTF-8`"
             raise UserError(f"{source}: the file is not UTF-8: {way}") from error
         except Exception as error:  # JSON, recursion, pyarrow
+            if isinstance(error, OSError) and error.errno:
+                raise Unreadable(f"{source}: {error}") from error
             raise UserError(f"{source}: not valid {file.KIND}: {error}") from error
         if not isinstance(raw, dict):
             raise UserError(f"{source}: not a JSON object but {type(raw).__name__}")
@@ -313,6 +316,14 @@ class Records:
         for theirs in self.names.values():
             raw.pop(theirs, None)
         return {**raw, **there}  # all at once: two names may have been exchanged
+
+    def hash(self, i):
+        """A short one of record i as it stands in the file; None where it cannot be read."""
+        try:
+            raw = repr(sorted(self.raw(i).items()))
+        except UserError:
+            return None
+        return hashlib.blake2b(raw.encode("utf-8", "replace"), digest_size=8).hexdigest()
 
     def __getitem__(self, i):
         raw, source = self.raw(i), self.source(i)

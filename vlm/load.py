@@ -3,15 +3,19 @@
 transformers and peft take seconds to import: that happens in the functions that need them.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
+import os
+import re
 import warnings
 from pathlib import Path
 
 import torch
 
-from support.cli import UserError
+from support.cli import UserError, at_most
+from support.files import write_json
 from vlm.logprobs import decoder
 
 OLDEST = {"torch": (2, 11), "transformers": (5, 17), "peft": (0, 21)}  # that the tests pass with
@@ -71,8 +75,9 @@ def load_model(path, device=None, dtype=None, four_bit=False):
             quantization = BitsAndBytesConfig(
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
             )
-        model = AutoModelForImageTextToText.from_pretrained(
+        model, found = AutoModelForImageTextToText.from_pretrained(
             path,
+            output_loading_info=True,
             dtype=dtype,
             attn_implementation="sdpa",
             trust_remote_code=False,
@@ -81,26 +86,63 @@ def load_model(path, device=None, dtype=None, four_bit=False):
         )
     except Exception as error:  # transformers raises many kinds
         raise UserError(f"{path}: the model cannot be loaded: {first_line(error)}") from error
+    need_all_weights(path, found, ("missing_keys", "mismatched_keys", "unexpected_keys"))
     return model, processor
+
+
+def need_all_weights(path, found, kinds):
+    """Refuse a model of which weights are random, since its files lack them, or whose files have
+    some that it does not use: it is not what it seems. found: transformers' loading info."""
+    for kind in kinds:
+        names = sorted(str(name) for name in found[kind])
+        if names:
+            raise UserError(
+                f"{path}: {len(names):,} weights are {kind.removesuffix('_keys')}, such as "
+                f"{names[0]}: files and config.json are not of one model, or not of this version "
+                "of transformers"
+            )
 
 
 def load_adapter(model, folder):
     """The model with a PEFT adapter, in eval mode.
 
-    Refuses an adapter that train.py made for another base: run.json beside it has the fingerprint.
+    Refuses an adapter that train.py made for another base (run.json beside it has the fingerprint),
+    and one that does not fit or does nothing.
     """
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
     try:
         made = Path(folder, "run.json")
         if made.is_file():
             made = json.loads(made.read_text())
-            same_dtype = made["dtype"] == str(model.dtype).removeprefix("torch.")
-            if same_dtype and made["base"] != fingerprint(model):
+            if made["base"] != fingerprint(model.name_or_path):
                 raise UserError(f"it is for another base model, {made['model']}")
-        return PeftModel.from_pretrained(model, folder).eval()
+        targets = PeftConfig.from_pretrained(folder).target_modules
+        if isinstance(targets, str):
+            with at_most(10, "its target_modules, a regular expression,"):
+                for name, _ in model.named_modules():
+                    re.fullmatch(targets, name)
+        adapted = PeftModel.from_pretrained(model, folder).eval()
+        need_all_tensors(adapted, folder)
+        return adapted
     except Exception as error:  # JSON, PEFT and safetensors have a kind each
         raise UserError(f"{folder}: the adapter cannot be loaded: {first_line(error)}") from error
+
+
+def need_all_tensors(adapted, folder):
+    """Every tensor of the file has its place in the model, every place its tensor, and they do
+    something."""
+    from peft import get_peft_model_state_dict, load_peft_weights
+
+    given, places = load_peft_weights(folder, "cpu"), get_peft_model_state_dict(adapted)
+    for names, what in (
+        (given.keys() - places.keys(), "of its tensors have no place in this model"),
+        (places.keys() - given.keys(), "tensors of this model's are not in it"),
+    ):
+        if names:
+            raise UserError(f"{len(names):,} {what}, such as {min(names)}: it is for another model")
+    if not any(tensor.any() for name, tensor in given.items() if "lora_A" not in name):
+        raise UserError("all of it is zero: it changes nothing, and was perhaps never trained")
 
 
 def add_lora(model, rank, alpha, dropout=0.0, grad_checkpointing=False):
@@ -133,12 +175,42 @@ def add_lora(model, rank, alpha, dropout=0.0, grad_checkpointing=False):
     return policy.train()  # checkpointing is off in eval mode; dropout is 0 unless asked for
 
 
-def fingerprint(model):
-    """A hash of the weights, from 4,096 values of each tensor; another one for each dtype."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, p in sorted(model.named_parameters()):
-        sample = p.detach().flatten()[:: max(1, p.numel() // 4096)].float().cpu()
-        digest.update(f"{name} {tuple(p.shape)}".encode() + sample.numpy().tobytes())
+@contextlib.contextmanager
+def mixed_precision(policy, mixed, grad_checkpointing=False):
+    """bf16 autocast on CUDA. It brings the adapters' inputs to bf16, before PEFT would copy each of
+    them to fp32."""
+    from peft.helpers import disable_input_dtype_casting
+
+    casting_is_waste = mixed and not grad_checkpointing
+    with (
+        torch.autocast("cuda", torch.bfloat16, enabled=mixed),
+        disable_input_dtype_casting(policy, active=casting_is_waste),
+    ):
+        yield
+
+
+def fingerprint(path):
+    """A hash of the weights of a model or an adapter: of all bytes of their files. Reading them
+    takes a while, so it is remembered by path, size and time."""
+    from huggingface_hub import snapshot_download
+
+    folder = Path(path)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(str(path), local_files_only=True))
+    home, known, digest = os.path.expanduser("~"), {}, hashlib.blake2b(digest_size=16)
+    memory = Path(home, ".cache/symmpo/hashes.json")
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(memory.read_text())
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        about = file.stat()
+        key = f"{file.resolve()} {about.st_size} {about.st_mtime_ns}"
+        if key not in known:
+            with open(file, "rb") as opened:
+                known[key] = hashlib.file_digest(opened, "blake2b").hexdigest()
+            with contextlib.suppress(OSError):  # without it we read them again, that is all
+                if home != "~":  # which there is, unless this user has none
+                    write_json(memory, known)
+        digest.update(f"{file.name} {known[key]}".encode())
     return digest.hexdigest()
 
 
@@ -154,14 +226,16 @@ def load_encoder(path):
 
     check_versions()
     try:
-        model = AutoModel.from_pretrained(path, trust_remote_code=False).float()
+        options = {"trust_remote_code": False, "output_loading_info": True}
+        model, found = AutoModel.from_pretrained(path, **options)
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
         image_processor = processor.image_processor
     except Exception as error:  # transformers raises many kinds
         raise UserError(
             f"{path}: not an image encoder (CLIP, SigLIP, LLaVA): {first_line(error)}"
         ) from error
-    model = model.requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
+    need_all_weights(path, found, ("missing_keys", "mismatched_keys"))  # a head may be too many
+    model = model.float().requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
     return model, image_processor
 
 

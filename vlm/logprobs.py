@@ -34,6 +34,16 @@ PACKABLE = ("llava", "llava_next", "llava_onevision", "idefics3", "smolvlm", "in
 CHUNK = 128  # positions whose logits exist at the same time
 
 
+def need_packable(model):
+    """Refuse a model for which sharing the prefix is not exact."""
+    kind = base_model(model).config.model_type
+    if kind not in PACKABLE:
+        raise UserError(
+            f"{model.name_or_path}: sharing the prefix is not exact for {kind} models; add "
+            "--no-share-prefix"
+        )
+
+
 @dataclass
 class Row:
     inputs: dict  # the processor's tensors for image and prompt, batch dimension 1
