@@ -84,9 +84,12 @@ def build_rows(record, prompts, cells, seed=0, max_length=2048, allow_outside=Tr
         images = None
         if image_number != NONE:
             images = [image_of(record, IMAGES[image_number], seed, allow_outside)]
-        inputs = prompts.encode([record["prompt"]], images)
         texts = [record[RESPONSES[response]] for _, response in own]
-        responses = [torch.tensor(prompts.encode_response(text)) for text in texts]
+        try:
+            inputs = prompts.encode([record["prompt"]], images)
+            responses = [torch.tensor(prompts.encode_response(text)) for text in texts]
+        except Exception as error:  # processors, tokenizers and templates raise anything
+            raise UserError(f"{source}: {type(error).__name__}: {error}") from error
         row = Row(inputs, responses, own, source=source)
         if row.longest() > max_length:
             raise UserError(

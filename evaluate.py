@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 from string import Template
 
-from benchmarks import BENCHMARKS, report, score
+from benchmarks import BENCHMARKS, report, score, well_formed
 from benchmarks.answers import Answers, answer
 from benchmarks.common import HERE, Settings, read
 from support.chat import ask_in_order, chat_message, digest
@@ -45,30 +45,44 @@ def generate(args):
         if not Path(adapter, "adapter_config.json").is_file():
             raise UserError(f"{adapter}: no PEFT adapter in there")
     questions, made = ask(args)
+    if args.temperature > 0:
+        made["batch_size"] = args.batch_size  # a batch is sampled together
     base, processor = load_model(args.model)
     prompts = Prompts(processor, prompt_format(base.config, args.prompt_format))
-    base_hash = fingerprint(base)
+    base_hash = fingerprint(args.model)
     files = []
-    for adapter in args.adapter if len(args.adapter) == 1 else [None, *args.adapter]:
+    rows = args.adapter if len(args.adapter) == 1 else [None, *args.adapter]
+    names = names_of([adapter or args.model for adapter in rows])
+    for adapter, name in zip(rows, names):
         model = load_adapter(base, adapter) if adapter else base
-        name = "-".join(Path(adapter or args.model).resolve().parts[-2:])
         made |= {
             "name": name,
             "model": args.model,
             "model_hash": base_hash,
             "adapter": adapter,
-            "adapter_hash": fingerprint(model) if adapter else None,
+            "adapter_hash": fingerprint(adapter) if adapter else None,
             "prompt_format": prompts.form,
         }
         folder = Path(args.out, name) if len(args.adapter) > 1 else Path(args.out)
-        with Answers(folder, made) as answers:
+        with Answers(folder, made, questions) as answers:
             decoding = made["decoding"]
             texts = answer(model, prompts, questions, answers.count, args.batch_size, **decoding)
-            answers.extend(texts, questions, BENCHMARKS[args.benchmark].ANSWER)
+            answers.extend(texts, BENCHMARKS[args.benchmark].ANSWER)
         if adapter:
             base = model.unload()
         files.append(answers.path)
     return files
+
+
+def names_of(paths):
+    """A short name for each model or adapter, of as many last parts of its path as tell it from the
+    others."""
+    parts = [Path(path).resolve().parts for path in paths]
+    for last in range(2, max(len(own) for own in parts) + 1):
+        names = ["-".join(own[-last:]) for own in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise UserError(f"--adapter: one folder is given twice: {', '.join(paths)}")
 
 
 def generate_on_server(args):
@@ -79,7 +93,7 @@ def generate_on_server(args):
 
     questions, made = ask(args)
     made |= {"name": args.model, "model": args.model, "server": shown(args.server)}
-    with Answers(args.out, made) as answers:
+    with Answers(args.out, made, questions) as answers:
         requests = []
         for number, question in enumerate(questions):
             if number >= answers.count:
@@ -94,14 +108,15 @@ def generate_on_server(args):
             temperature=args.temperature,
             max_tokens=args.max_new_tokens,
         )
-        answers.extend(texts, questions, BENCHMARKS[args.benchmark].ANSWER)
+        answers.extend(texts, BENCHMARKS[args.benchmark].ANSWER)
     return [answers.path]
 
 
 def ask(args):
     """(questions, what makes two files of answers the same)."""
     benchmark = BENCHMARKS[args.benchmark]
-    questions = benchmark.questions(args.data, settings_of(args))
+    with well_formed(args.benchmark, args.data):
+        questions = benchmark.questions(args.data, settings_of(args))
     if len(questions) != benchmark.ITEMS and TINY not in Path(args.data).resolve().parents:
         print(
             f"note: {len(questions)} questions in {args.data}; {args.benchmark} as published has "

@@ -11,12 +11,27 @@ stand README.md (source, licence, how to get it, departures), word lists and the
 Another benchmark is another folder, and its name here.
 """
 
+import contextlib
 import importlib
 
 from benchmarks.common import Settings, need_answers
+from support.cli import UserError
 
 NAMES = ("amber", "hallusionbench", "mmhal", "mmstar", "objhal")
 BENCHMARKS = {name: importlib.import_module(f"benchmarks.{name}.{name}") for name in NAMES}
+
+
+@contextlib.contextmanager
+def well_formed(benchmark, folder):
+    """Files, or answers, that are not as the benchmark publishes them end in one message."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"{folder}: the files, or the answers to them, are not as {benchmark} has them "
+            f"({what}); `evaluate.py fetch-help {benchmark}` says what to get"
+        ) from error
 
 
 def score(benchmark, answers, folder, settings=None):
@@ -27,7 +42,8 @@ def score(benchmark, answers, folder, settings=None):
     """
     settings = settings or Settings()
     need_answers(answers, settings.judgements)
-    metrics, reading = BENCHMARKS[benchmark].score(answers, folder, settings)
+    with well_formed(benchmark, folder):
+        metrics, reading = BENCHMARKS[benchmark].score(answers, folder, settings)
     return {
         "benchmark": benchmark,
         "protocol": settings.protocol,

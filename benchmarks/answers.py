@@ -68,18 +68,29 @@ def before_and_after(policy, prompts, folder):
         print(f"{name:20}" + "".join(f"{value:8.1f}" for value in values))
 
 
+def holds(line, record):
+    """Is the line a JSON object with all that is in the record?"""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(found, dict) and {**found, **record} == found
+
+
 class Answers:
     """answers.jsonl in a folder, which grows question by question, and beside it
-    answers.settings.json: how they are made. A killed run goes on; other settings are refused."""
+    answers.settings.json: how they are made. A killed run goes on; other settings, and lines that
+    are not the questions' answers, are refused."""
 
-    def __init__(self, folder, made):
-        self.path = Path(folder, "answers.jsonl")
+    def __init__(self, folder, made, questions):
+        self.path, self.questions = Path(folder, "answers.jsonl"), questions
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.lock = lock(folder)
         known = self.path.with_suffix(".settings.json")
         if self.path.exists():
             self.refuse_others(read(known) if known.exists() else {}, made)
         self.count = drop_torn_line(self.path)
+        self.need_answers()
         write_json(known, made)
 
     def refuse_others(self, old, made):
@@ -91,10 +102,21 @@ class Answers:
                 f"{made[name]!r}); choose another --out"
             )
 
-    def extend(self, texts, questions, field):
+    def need_answers(self):
+        """Line n answers question n."""
+        lines = self.path.read_bytes().splitlines() if self.count else []
+        for number, line in enumerate(lines[: len(self.questions)]):
+            record = self.questions[number].record
+            if not holds(line, record):
+                raise UserError(
+                    f"{self.path}:{number + 1}: not the answer to question {number + 1}; remove "
+                    "this line and those behind it, and the same command asks them again"
+                )
+
+    def extend(self, texts, field):
         """Append an answer for each question that has none yet."""
         with open(self.path, "a", encoding="utf-8") as file:
-            for text, question in zip(texts, questions[self.count :]):
+            for text, question in zip(texts, self.questions[self.count :]):
                 file.write(json.dumps({**question.record, field: text}) + "\n")
                 file.flush()
 

@@ -19,7 +19,7 @@ from support.cli import UserError, run_command, within
 from support.files import write_lines
 from support.formats import IMAGES
 from support.images import CROP_LARGE, crop, moco, noise, open_image
-from support.records import Records, add_data_options, with_files
+from support.records import Records, add_data_options, need_other, with_files
 
 # Kinds that are made from the image itself: (image, random generator, args) -> image
 MADE = {
@@ -79,6 +79,7 @@ def contrast(args):
     if not out.suffix:
         raise UserError(f"--out {out}: a file name such as {out}.jsonl; pictures go into {out}/")
     records = Records(args.data, args.image_root, args.fields, needed=("image",))
+    need_other(out, records)
     folder = out.with_suffix("")  # of the pictures that are made, or of the embeddings
     numbers = range(len(records))
     given = [with_files(records, i, folder / "given", args.allow_outside) for i in numbers]

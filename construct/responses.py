@@ -35,7 +35,7 @@ from support.chat import ReplyLog, ask_all, chat_message, digest
 from support.cli import UserError, run_command, within
 from support.files import write_lines
 from support.images import open_image
-from support.records import Records, add_data_options, with_files
+from support.records import Records, add_data_options, need_other, with_files
 from vlm.generate import generate
 from vlm.load import fingerprint, load_model
 from vlm.prompts import Prompts, prompt_format
@@ -122,6 +122,7 @@ def anchor(drafts, args):
 def build(args):
     """The command: the five steps, the gates, and the files of good and bad records."""
     records = Records(args.data, args.image_root, args.fields, needed=("image",))
+    need_other(args.out, records)
     Path(f"{args.out}.work").mkdir(parents=True, exist_ok=True)
     drafts = [take_in(records, i, args) for i in tqdm(range(len(records)), desc="images")]
     for step in (caption, sample, sort_claims, rewrite, anchor):
@@ -138,8 +139,9 @@ def build(args):
             why = {"record": number, "reason": draft.reason, "reply": draft.reply}
             bad.append({**draft.record, **why})
     write_lines(args.out, good)
-    write_lines(Path(args.out).with_name("rejected_records.jsonl"), bad)
-    print(f"{args.out}: {len(good):,} records; {len(bad):,} in rejected_records.jsonl")
+    rejected = Path(args.out).with_suffix(".rejected.jsonl")
+    write_lines(rejected, bad)
+    print(f"{args.out}: {len(good):,} records; {len(bad):,} in {rejected}")
     for reason, count in Counter(record["reason"] for record in bad).most_common(9):
         print(f"    {count:,} {reason}")
     for name, values in figures(good).items():

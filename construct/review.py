@@ -19,7 +19,7 @@ from data import RESPONSES
 from support.chat import image_url
 from support.cli import run_command, within
 from support.images import open_image
-from support.records import Records, add_data_options
+from support.records import Records, add_data_options, need_other
 
 
 @functools.cache
@@ -59,13 +59,17 @@ def spread(values):
 def marked(text, other):
     """The text in parts: (words, whether the other text has others there)."""
     a, b = text.split(), other.split()
-    moves = difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes()
+    # Repetitive words make exact matching cubic: above this length words that come often are left
+    # out of the search, which is what difflib does by default.
+    is_long = len(a) + len(b) > 2000
+    moves = difflib.SequenceMatcher(None, a, b, autojunk=is_long).get_opcodes()
     return [(" ".join(a[i:j]), tag != "equal") for tag, i, j, _, _ in moves if i < j]
 
 
 def review(args):
     """Write the page, with at most `limit` records, evenly spread over the file."""
     source = Records(args.data, args.image_root, args.fields)
+    need_other(args.out, source)
     records = [{**source.raw(i), **source[i]} for i in range(len(source))]
     step = max(1, -(-len(records) // args.limit))  # rounded up
     shown = list(enumerate(records, 1))[::step]

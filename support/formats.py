@@ -49,12 +49,15 @@ VICUNA = (
     "helpful, detailed, and polite answers to the user's questions. "
 )
 QWEN = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-FRAMES = (  # of one question in a chat template: what stands before it and behind it
-    (f"({re.escape(VICUNA)})?USER: ", " ?ASSISTANT:"),
-    (f"({re.escape(QWEN)})?<\\|im_start\\|>user\n", "<\\|im_end\\|>\n<\\|im_start\\|>assistant\n?"),
-    ("(<s>)?\\[INST\\] ?", " ?\\[/INST\\]"),
-    ("(<bos>)?<start_of_turn>user\n", "<end_of_turn>\n<start_of_turn>model\n?"),
-    ("Human: ", "\\s*Assistant:"),
+FRAMES = (  # of one question in a chat template: what stands before it, and behind it
+    ((f"{VICUNA}USER: ", "USER: "), "ASSISTANT:"),
+    ((f"{QWEN}<|im_start|>user\n", "<|im_start|>user\n"), "<|im_end|>\n<|im_start|>assistant"),
+    (("<s>[INST]", "[INST]"), "[/INST]"),
+    (
+        ("<bos><start_of_turn>user\n", "<start_of_turn>user\n"),
+        "<end_of_turn>\n<start_of_turn>model",
+    ),
+    (("Human: ",), "Assistant:"),
 )
 # What only a chat template has. A text with one of these is not a plain question or answer.
 MARKERS = re.compile(
@@ -67,7 +70,7 @@ OTHER_TAGS = re.compile(
     r"<\|vision_start\|>(<\|image_pad\|>)+<\|vision_end\|>|<\|image(_1)?\|>|<start_of_image>"
     r"|<image_placeholder>|<image_1>"
 )
-END_TOKENS = re.compile(r"\s*(</s>|<\|im_end\|>|<end_of_turn>|<\|eot_id\|>|<\|endoftext\|>)$")
+END_TOKENS = ("</s>", "<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|endoftext|>")
 
 
 def normalise(raw, needed=("image", "prompt", "chosen")):
@@ -204,10 +207,10 @@ def plain_question(value, stripped):
     """The question alone: without the frame of a chat template and without the image's tag. What
     was taken off is added to the list `stripped`."""
     text = OTHER_TAGS.sub(TAG, text_of("prompt", one_turn("prompt", value, "user")))
-    for before, behind in FRAMES:
-        framed = re.fullmatch(f"\\s*{before}(?P<question>.*?){behind}\\s*", text, re.DOTALL)
-        if framed:
-            text = framed["question"].strip()
+    for beginnings, end in FRAMES:
+        begun = [before for before in beginnings if text.startswith(before)]
+        if begun and text.endswith(end):
+            text = text.removeprefix(begun[0]).removesuffix(end).strip()
             stripped.append("a chat template")
             break
     if text.count(TAG) > 1:
@@ -221,7 +224,11 @@ def plain_question(value, stripped):
 def plain_answer(name, value):
     """The answer alone: its end token is the tokenizer's business."""
     text = text_of(name, one_turn(name, value, "assistant"))
-    return no_markup(name, END_TOKENS.sub("", text))
+    for token in END_TOKENS:
+        if text.endswith(token):
+            text = text.removesuffix(token)
+            break
+    return no_markup(name, text)
 
 
 def text_of(name, value):

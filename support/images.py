@@ -2,6 +2,7 @@
 that are made from an image itself. No file here knows what a model is."""
 
 import base64
+import functools
 import hashlib
 import io
 import os
@@ -16,12 +17,18 @@ from support.cli import Unreadable, UserError
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # a long text chunk is no reason to refuse a picture
 BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
 FULL_SCALES = (1, 255, 1023, 4095, 16383, 65535)  # white of float, 8, 10, 12, 14 and 16 bits
+FORMATS = "PNG JPEG MPO WEBP GIF BMP TIFF PPM JPEG2000 AVIF TGA ICO".split()
+LONGEST = 200  # times the shorter side: processors scale that one up, whatever becomes of the other
 CROP, CROP_LARGE = (0.01, 0.2), (0.2, 0.5)  # share of the area that a crop keeps (mDPO Table 3)
 
 
 def need_inside(path, root, allow_outside):
-    """Refuse a path that leaves the folder root, links followed."""
-    if not allow_outside and not Path(root, path).resolve().is_relative_to(Path(root).resolve()):
+    """Refuse a path that leaves the folder root, links followed, or that is none."""
+    try:
+        inside = Path(root, path).resolve().is_relative_to(Path(root).resolve())
+    except (ValueError, OSError, RuntimeError) as error:  # NUL, surrogates, links in a circle
+        raise UserError(f"{path!r:.200}: not a path: {error}") from error
+    if not allow_outside and not inside:
         raise UserError(
             f"{Path(root, path)}: outside the data folder {root} (--allow-outside permits it)"
         )
@@ -50,7 +57,9 @@ def open_image(source, root=".", allow_outside=True):
     else:
         raise UserError(f"an image is a path or bytes, not {type(source).__name__}")
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=formats()) as image:
+            if max(image.size) > LONGEST * min(image.size):
+                raise ValueError(f"{image.width} x {image.height} pixels, too long and thin")
             return to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # PIL's readers raise many kinds
         if isinstance(error, OSError) and error.errno:
@@ -60,6 +69,13 @@ def open_image(source, root=".", allow_outside=True):
                 f"{name}: a Git LFS pointer, not the image: run `git lfs pull`"
             ) from error
         raise UserError(f"{name}: not a readable image: {str(error):.200}") from error
+
+
+@functools.cache
+def formats():
+    """Those of FORMATS that this Pillow can read. No EPS: reading one would start Ghostscript."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def first_bytes(file):

@@ -357,6 +357,13 @@ def with_files(records, i, folder, allow_outside):
     return fields, files
 
 
+def need_other(out, records):
+    """Refuse to write over a file that is being read."""
+    for file in records.files:
+        if os.path.exists(out) and os.path.samefile(out, file.path):
+            raise UserError(f"--out {out}: the records are read from it; choose another name")
+
+
 def image_file(image, root, folder, allow_outside):
     """The path of an image, which is written into the folder if it has none yet."""
     if isinstance(image, str):

@@ -37,7 +37,7 @@ def test_build_makes_records_that_training_takes(serve, pairs, llava, capfd):
     with pytest.raises(SystemExit) as end:
         data.main(["check", str(folder / "prefs.jsonl"), "--model", str(llava)])
     assert end.value.code == 0 and "symmpo 3" in capfd.readouterr().out
-    bad = lines(folder / "rejected_records.jsonl")
+    bad = lines(folder / "prefs.rejected.jsonl")
     assert [r["record"] for r in bad] == [4, 5] and all("broken.png" in r["reason"] for r in bad)
     models = [body["model"] for body in bodies]
     assert models.count("captioner") == 4  # an image is described once, whoever needs it
@@ -60,7 +60,7 @@ def test_images_outside_the_data_folder_are_not_sent(serve, pairs, capfd):
         '{"image": "../red.png", "prompt": ["What?"]}\n'
     )
     responses.main(build_args(inside, url))
-    reasons = [r["reason"] for r in lines(inside.parent / "rejected_records.jsonl")]
+    reasons = [r["reason"] for r in lines(inside.parent / "prefs.rejected.jsonl")]
     assert len(reasons) == 3 and "--allow-outside" in reasons[0] and not bodies
     responses.main(build_args(inside, url) + ["--allow-outside"])
     assert len(lines(inside.parent / "prefs.jsonl")) == 1
@@ -83,7 +83,7 @@ def test_malformed_replies_end_in_the_rejected_file_with_their_text(serve, pairs
     url, bodies = serve(script)
     responses.main(build_args(pairs, url))
     assert lines(pairs.parent / "prefs.jsonl") == []
-    bad = lines(pairs.parent / "rejected_records.jsonl")
+    bad = lines(pairs.parent / "prefs.rejected.jsonl")
     assert [r["reply"] for r in bad[:3]] == list(wrong.values())
     assert [
         "no JSON" in bad[0]["reason"],

@@ -5,6 +5,7 @@ import functools
 import io
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -671,7 +672,8 @@ def test_run_goes_on_where_it_stopped_and_refuses_other_settings(llava, amber, t
 
 
 def test_several_adapters_in_one_load(llava, adapter, amber, tmp_path, capsys):
-    out = tmp_path / "out"
+    out, same_name = tmp_path / "out", tmp_path / "elsewhere" / adapter.parent.name / adapter.name
+    shutil.copytree(adapter, same_name)
     run(
         "run",
         "--benchmark",
@@ -684,7 +686,7 @@ def test_several_adapters_in_one_load(llava, adapter, amber, tmp_path, capsys):
         out,
         "--adapter",
         adapter,
-        adapter / ".",
+        same_name,
         "--max-new-tokens",
         5,
         "--limit",
@@ -692,9 +694,9 @@ def test_several_adapters_in_one_load(llava, adapter, amber, tmp_path, capsys):
         "--paper",
         "7b",
     )
-    names = [f"{folder.parent.name}-{folder.name}" for folder in (llava, adapter)]
-    base, tuned = (read(out / name / "answers.jsonl") for name in names)
-    assert len(base) == len(tuned) == 4 and base != tuned
+    names = ["-".join(folder.parts[-3:]) for folder in (llava, adapter, same_name)]
+    base, tuned, copied = (read(out / name / "answers.jsonl") for name in names)
+    assert len(base) == len(tuned) == 4 and base != tuned == copied
     made = read(out / names[1] / "metrics.json")
     assert made["adapter_hash"] and made["model_hash"]
     table = (out / "report.md").read_text()

@@ -287,7 +287,9 @@ def test_reference_is_computed_once(fit, monkeypatch):
     epochs = 2  # at the start of each, one record's reference is computed again and compared
     assert counts.count(True) == 1 + 24 and counts.count(False) == 12 + epochs - 1
     counts.clear()
-    fit("--steps", 6)  # another run, the same cache: one record an epoch is computed anew to check it
+    fit(
+        "--steps", 6
+    )  # another run, the same cache: one record an epoch is computed anew to check it
     assert counts.count(False) == epochs
     counts.clear()
     fit("--steps", 3, "--objective", "sft")  # reads no reference

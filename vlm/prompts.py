@@ -5,7 +5,7 @@ stands before it. Special tokens inside user text are broken up ("</s>" -> "< /s
 a turn.
 """
 
-from support.cli import UserError
+from support.cli import UserError, at_most
 
 VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant "
@@ -100,10 +100,11 @@ class Prompts:
 
     def _chat(self, turns, **options):
         try:
-            return self.processor.apply_chat_template(turns, tokenize=False, **options)
-        except ValueError as error:
+            with at_most(20, "the model's chat template"):
+                return self.processor.apply_chat_template(turns, tokenize=False, **options)
+        except Exception as error:  # a template is a program, and may raise anything
             raise UserError(
-                f"no chat template in the model (try --prompt-format vicuna): {error}"
+                f"the model's chat template cannot be used (try --prompt-format vicuna): {error}"
             ) from error
 
     def describe(self, row):
