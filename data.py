@@ -18,12 +18,10 @@ Departures from the published code: a record that is too long is refused, never 
 drawn once for each record, not again in every forward pass.
 """
 
-import argparse
 import hashlib
 import math
 import os
 import random
-import re
 import shlex
 import sys
 from dataclasses import dataclass, field
@@ -33,10 +31,10 @@ import torch
 from tqdm import tqdm
 
 from support import processes
-from support.cli import Unreadable, UserError, run_command, within
+from support.cli import Unreadable, UserError, kind_of, new_parser, places, run_command, within
 from support.formats import IMAGES, RESPONSES
 from support.images import crop, open_image, pixel_hash
-from support.records import Records, add_data_options
+from support.records import Records, add_data_options, folders_of
 from support.reference import key_of
 from symmpo import NONE, OBJECTIVES
 from vlm.logprobs import Row
@@ -178,12 +176,6 @@ class Examples(torch.utils.data.Dataset):
     def of_step(self, step):
         """Record numbers of one optimiser step."""
         return records_of_step(step, len(self), self.options)
-
-
-def folders_of(record):
-    """Where a record's images are, if they are files."""
-    images = [record[name] for name in IMAGES if isinstance(record.get(name), str)]
-    return {os.path.dirname(record["root"] / image) for image in images if len(image) < 1000}
 
 
 def held_out(path, prompts, options, left_out):
@@ -329,18 +321,6 @@ def look_at_pairs(records):
     return lines
 
 
-def places(sources):
-    """The first few of many: "prefs.jsonl:1, 2, 3 and 397 more"."""
-    more = f" and {len(sources) - 3:,} more" if len(sources) > 3 else ""
-    first, *others = sources[:3]
-    return ", ".join([first, *(source.rpartition(":")[2].strip() for source in others)]) + more
-
-
-def kind_of(message):
-    """A message without what differs from record to record: numbers, paths, quoted text."""
-    return re.sub(r"'[^']*'|\S*[\d/\\]\S*", "...", message)
-
-
 class Survey:
     """What `check` finds out about the records, one after the other."""
 
@@ -449,9 +429,7 @@ def check(args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("command", choices=("check",))
     add_data_options(parser)

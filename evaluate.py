@@ -16,7 +16,6 @@ prompts are in our words. `--protocol symmpo` (the paper's) reads free answers l
 is each benchmark's own reading.
 """
 
-import argparse
 import datetime
 import functools
 import sys
@@ -24,10 +23,10 @@ from pathlib import Path
 from string import Template
 
 from benchmarks import BENCHMARKS, report, score, well_formed
-from benchmarks.answers import Answers, answer
+from benchmarks.answers import Answers, answer, names_of
 from benchmarks.common import HERE, Settings, read
 from support.chat import ask_in_order, chat_message, digest
-from support.cli import UserError, run_command, within
+from support.cli import UserError, new_parser, run_command, within
 from support.files import write_json, write_lines
 
 TINY = Path(__file__).resolve().parent / "tiny" / "built"
@@ -72,17 +71,6 @@ def generate(args):
             base = model.unload()
         files.append(answers.path)
     return files
-
-
-def names_of(paths):
-    """A short name for each model or adapter, of as many last parts of its path as tell it from the
-    others."""
-    parts = [Path(path).resolve().parts for path in paths]
-    for last in range(2, max(len(own) for own in parts) + 1):
-        names = ["-".join(own[-last:]) for own in parts]
-        if len(set(names)) == len(names):
-            return names
-    raise UserError(f"--adapter: one folder is given twice: {', '.join(paths)}")
 
 
 def generate_on_server(args):
@@ -226,9 +214,7 @@ def fetch_help(args):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("command", choices=("run", "generate", "judge", "score", "report", "fetch-help"))
     add("names", nargs="*", help="report: metrics.json files; fetch-help: the benchmark")

@@ -5,7 +5,6 @@
 crop (mDPO's) and clip (SymMPO's) are made by data.py; the others are for comparison (notebook 4).
 """
 
-import argparse
 import os
 import random
 from pathlib import Path
@@ -15,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import embed, nearest
-from support.cli import UserError, run_command, within
+from support.cli import UserError, new_parser, run_command, within
 from support.files import write_lines
 from support.formats import IMAGES
 from support.images import CROP_LARGE, crop, moco, noise, open_image
@@ -110,9 +109,7 @@ def contrast(args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add_data_options(parser, "folder of images, record file, folder of them, or quoted glob")
     add("--out", required=True, help="FILE.jsonl beside the images; made pictures go to FILE/")

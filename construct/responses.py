@@ -16,7 +16,6 @@ filters. The ones here are ours. The prompts stand in prompts/, one text a step 
 that see the record's fields); records carry their version.
 """
 
-import argparse
 import functools
 import hashlib
 import json
@@ -32,7 +31,7 @@ from tqdm import tqdm
 from construct.review import figures, spread, template, words
 from data import RESPONSES
 from support.chat import ReplyLog, ask_all, chat_message, digest
-from support.cli import UserError, run_command, within
+from support.cli import UserError, new_parser, run_command, within
 from support.files import write_lines
 from support.images import open_image
 from support.records import Records, add_data_options, need_other, with_files
@@ -279,9 +278,7 @@ def gate(record):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add_data_options(parser)
     add("--out", required=True, help="the records (.jsonl); all replies are kept in OUT.work")

@@ -5,7 +5,6 @@
 One self-contained file: images, responses with the words marked in which they differ, lengths.
 """
 
-import argparse
 import difflib
 import functools
 import re
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from data import RESPONSES
 from support.chat import image_url
-from support.cli import run_command, within
+from support.cli import new_parser, run_command, within
 from support.images import open_image
 from support.records import Records, add_data_options, need_other
 
@@ -93,9 +92,7 @@ def review(args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add_data_options(parser)
     add("--out", required=True, help="the page (.html)")

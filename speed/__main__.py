@@ -16,7 +16,6 @@ a GPU, time on the wall). Ratios are medians over rounds with their quartiles, a
 proof that both sides compute the same numbers.
 """
 
-import argparse
 import importlib.util
 import json
 import statistics
@@ -31,7 +30,7 @@ from speed import measure
 from speed.measure import spread
 from speed.sides import MEMORY, RECORDS, RUNGS, Rung, Side, TRLSide, prepare, step_memory
 from speed.world import PROMPT, RESPONSE, SIZES, step_flops
-from support.cli import UserError, run_command, within
+from support.cli import UserError, new_parser, run_command, within
 
 EPOCHS = 4  # over which the cost of the cached reference is spread
 OURS, CACHED = Rung("ours"), Rung("ours, reference cached", cached=True)
@@ -128,9 +127,7 @@ PARTS = {"ladder": ladder, "trl": against_trl, "memory": memories, "floor": floo
 
 
 def options(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--quick", action="store_true", help="small model, few rounds")
     add("--json", action="store_true", help="the summary as the last line")

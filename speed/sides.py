@@ -1,12 +1,10 @@
 """The sides that are compared: ways to take a step on the same weights and records."""
 
 import copy
-from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 import symmpo
 import train
@@ -32,44 +30,17 @@ def prepare(folder, size, objective, device):
 # --- ours, and the published layout ---------------------------------------------------------------
 
 
-def five_sequences(policy, rows):
-    """(3, 3, 1) log-probs from full padded sequences, as published: the model's own forward on
-    [image, prompt, response] five times, with the logits of every position."""
-    prefixes, responses, cells, pixels = [], [], [], []
-    for row in rows:
-        prefixes += [row.inputs["input_ids"]] * len(row.responses)
-        pixels += [row.inputs["pixel_values"]] * len(row.responses)
-        responses += row.responses
-        cells += row.cells
-    labels = pad_sequence(responses, batch_first=True, padding_value=-100).to(policy.device)
-    ids = torch.cat([torch.cat(prefixes).to(policy.device), labels.clamp(min=0)], dim=1)
-    pixels = torch.cat(pixels).to(policy.device, policy.dtype)
-    # Padding stands on the right, where no real token sees it: no attention mask.
-    logits = policy(input_ids=ids, pixel_values=pixels, use_cache=False).logits
-    logps = logits.float().log_softmax(-1)[:, -labels.shape[1] - 1 : -1]
-    picked = logps.gather(2, labels.clamp(min=0)[..., None])[..., 0]
-    sums = (picked * (labels >= 0)).sum(1)
-    image, response = torch.tensor(cells, device=sums.device).T
-    table = torch.full((3, 3, 1), torch.nan, device=sums.device)
-    return table.index_put((image, response, torch.zeros_like(image)), sums)
-
-
-def few_logits(policy, rows):
-    """The same with logits only where responses are predicted."""
-    return logp_table(policy, rows, 1, packed=False)
-
-
 class Rung(NamedTuple):
     """A rung of the ladder; each keeps the savings above it."""
 
     name: str
-    table: Callable | None = None  # (policy, rows) -> log-probs; None: train.py's own
+    plain: dict | None = None  # options of logp_table; None: train.py's own way
     cached: bool = False  # is the reference on disk already?
 
 
 RUNGS = [
-    Rung("published: five sequences", five_sequences),
-    Rung("+ logits where needed", few_logits),
+    Rung("published: five sequences", {"packed": False, "all_logits": True}),
+    Rung("+ logits where needed", {"packed": False}),
     Rung("+ image and prompt once"),
     Rung("+ reference cached", cached=True),
 ]
@@ -101,12 +72,12 @@ class Side:
     def tables(self, number):
         """The policy's and the reference's."""
         run, rows = self.run, self.fresh_rows(number)
-        if self.rung.table is None:
+        if self.rung.plain is None:
             return train.policy_table(run, rows, 1), self.reference_table(number)
         with torch.autocast("cuda", torch.bfloat16, enabled=run.options.device != "cpu"):
             with torch.no_grad(), run.policy.disable_adapter():
-                reference = self.rung.table(run.policy, rows)
-            return self.rung.table(run.policy, rows), reference
+                reference = logp_table(run.policy, rows, 1, **self.rung.plain)
+            return logp_table(run.policy, rows, 1, **self.rung.plain), reference
 
     def take_step(self, number):
         """One optimiser step on a record: a `Result`."""

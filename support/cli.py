@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -32,6 +33,18 @@ def run_command(function, *args):
     except KeyboardInterrupt:
         print("error: interrupted; the same command starts again", file=sys.stderr)
     sys.exit(2)
+
+
+def places(sources):
+    """The first few of many: "prefs.jsonl:1, 2, 3 and 397 more"."""
+    more = f" and {len(sources) - 3:,} more" if len(sources) > 3 else ""
+    first, *others = sources[:3]
+    return ", ".join([first, *(source.rpartition(":")[2].strip() for source in others)]) + more
+
+
+def kind_of(message):
+    """A message without what differs from record to record: numbers, paths, quoted text."""
+    return re.sub(r"'[^']*'|\S*[\d/\\]\S*", "...", message)
 
 
 @contextlib.contextmanager
@@ -84,9 +97,7 @@ def parse(options_class, description, argv=None, notes=None, **defaults):
     A field `batch_size: int` is --batch-size N, and a field of type bool is a switch. Inherited
     fields are shown in a group of their own. notes: {field: text} for its help, beside its own.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(description)
     own = parser.add_argument_group("run")
     inherited = parser.add_argument_group("loss", "without them, the objective's own")
     for field in dataclasses.fields(options_class):
@@ -108,6 +119,13 @@ def parse(options_class, description, argv=None, notes=None, **defaults):
             help=text if note is None else f"{text} ({note})",
         )
     return options_class(**vars(parser.parse_args(argv)))
+
+
+def new_parser(description):
+    """An argparse parser that shows a module's docstring as it is written."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 def within(low, high=math.inf, kind=int):

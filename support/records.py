@@ -357,6 +357,12 @@ def with_files(records, i, folder, allow_outside):
     return fields, files
 
 
+def folders_of(record):
+    """Where a record's images are, if they are files."""
+    images = [record[name] for name in IMAGES if isinstance(record.get(name), str)]
+    return {os.path.dirname(record["root"] / image) for image in images if len(image) < 1000}
+
+
 def need_other(out, records):
     """Refuse to write over a file that is being read."""
     for file in records.files:

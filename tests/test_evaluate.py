@@ -222,7 +222,7 @@ def test_hallusionbench_groups_and_reading_without_judge():
 def mmstar(prediction, answer="B"):
     """One answer to each of the 18 sub-categories."""
     rows = []
-    for category, parts in BENCHMARKS["mmstar"].CATEGORIES.items():
+    for category, parts in read(ROOT / "benchmarks/mmstar/categories.json").items():
         for part in parts:
             row = {"category": category, "l2_category": part}
             rows.append({**row, "answer": answer, "prediction": prediction})

@@ -13,7 +13,7 @@ import symmpo
 import train
 from conftest import ROOT
 from docs import method
-from tiny.table import markdown
+from notebooks.table import markdown
 
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -26,7 +26,7 @@ COMMANDS = (  # whose --help is asked
     "-m construct.responses",
     "-m construct.review",
     "-m tiny.make",
-    "-m tiny.table",
+    "-m notebooks.table",
     "-m speed",
 )
 OF_OTHERS = {

@@ -7,7 +7,6 @@ The products that the repository has are in built/. The preference records and t
 from known truth, and no two splits share a scene.
 """
 
-import argparse
 import hashlib
 import json
 import random
@@ -17,12 +16,11 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.answers import measure
+from support.cli import new_parser
 from tiny.model import (
-    DESCRIBE,
-    DIRECT,
     new_model,
     new_processor,
-    reply,
     train_language,
     train_tower,
 )
@@ -36,22 +34,8 @@ from tiny.sets import (
     write_mmstar,
     write_objhal,
 )
-from tiny.world import (
-    CHOICES,
-    KINDS,
-    ask,
-    content,
-    draw,
-    invented,
-    mentioned,
-    names,
-    new_scenes,
-    png,
-    random_choice,
-    random_question,
-    truth,
-    yes_no,
-)
+from tiny.world import content, new_scenes, png
+from vlm.prompts import Prompts
 
 # Training steps by stage; scenes by split; preference records wanted.
 SIZES = json.loads(Path(__file__).with_name("sizes.json").read_text())
@@ -89,14 +73,13 @@ def build(out, size, seed):
     write_hallusionbench(out / "hallusionbench", splits["hallusionbench"], rng, seen)
     write_objhal(out / "objhal", splits["objhal"])
     write_mmstar(out / "mmstar", splits["mmstar"], rng)
-    write_samples(out / "samples.png", model, processor, splits["val"][:8])
-    rates = base_rates(model, processor, splits["amber_val"], rng)
+    rates = measure(model, Prompts(processor, "vicuna"), out / "amber_val")["metrics"]
     manifest = {
         "seed": seed,
         "size": size,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "base model on the scenes of amber_val (percent)": rates,
+        "base model on amber_val (percent)": rates,
         "sha256": digests(out),
     }
     write_json(out / "manifest.json", manifest)
@@ -120,54 +103,6 @@ def write_records(path, records, files):
     write_lines(path, lines)
 
 
-def write_samples(path, model, processor, scenes):
-    """A page of scenes with the model's greedy captions, objects that are not there in red."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    page = Image.new("RGB", (4 * 220, len(scenes) // 4 * 320), "white")
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default(15)
-    texts = reply(model, processor, [(scene, DESCRIBE[0]) for scene in scenes])
-    for i, (scene, text) in enumerate(zip(scenes, texts)):
-        x, y = i % 4 * 220 + 14, i // 4 * 320 + 10
-        page.paste(draw(scene).resize((192, 192), Image.NEAREST), (x, y))
-        for line, phrase in enumerate(text.split(" and ")[:6]):
-            color = "red" if invented(phrase, scene) else "black"
-            pen.text((x, y + 196 + 17 * line), phrase, fill=color, font=font)
-    page.save(path)
-
-
-def base_rates(model, processor, scenes, rng):
-    """What the model does on these scenes, in percent: the figures that training should move."""
-    rates = {}
-    for name, sample in (("greedy", False), ("temperature 1", True)):
-        texts = reply(model, processor, [(scene, DESCRIBE[0]) for scene in scenes], sample)
-        false, told, there = 0, 0, 0
-        for scene, text in zip(scenes, texts):
-            said = mentioned(text)
-            false += len(invented(text, scene)) > 0
-            told += sum(noun in said for noun in names(scene))
-            there += len(names(scene))
-        rates[f"captions, {name}"] = {
-            "n": len(scenes),
-            "with a false object": round(100 * false / len(scenes), 1),
-            "coverage": round(100 * told / there, 1),
-        }
-    for kind in KINDS + CHOICES:
-        asked = []  # (scene, prompt, right answer)
-        for scene in scenes:
-            if kind in CHOICES:
-                question, letter = random_choice(kind, scene, rng)
-                asked.append((scene, f"{question}\n{DIRECT[0]}", letter))
-                continue
-            for answer in (True, False):
-                question = random_question(kind, scene, rng, answer)
-                asked.append((scene, ask(question), yes_no(truth(question, scene))))
-        texts = reply(model, processor, [(scene, prompt) for scene, prompt, _ in asked])
-        right = sum(text == answer for text, (_, _, answer) in zip(texts, asked))
-        rates[kind] = {"n": len(asked), "accuracy": round(100 * right / len(asked), 1)}
-    return rates
-
-
 def digests(folder):
     """{product: sha256}; a folder's is over its files' names and contents, in order."""
     found = {}
@@ -180,9 +115,7 @@ def digests(folder):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--out", required=True, type=Path, help="folder for the products")
     parser.add_argument("--seed", type=int, default=1, help="of everything random (default 1)")
     parser.add_argument("--quick", action="store_true", help="the miniature")

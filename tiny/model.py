@@ -36,7 +36,8 @@ from tiny.world import (
     truth,
     yes_no,
 )
-from vlm.prompts import VICUNA, Prompts
+from vlm.generate import generate
+from vlm.prompts import Prompts
 
 DESCRIBE = ["Describe this image.", "What is in this image?"]
 DIRECT = [  # what evaluate.py puts under MMStar's questions
@@ -45,78 +46,16 @@ DIRECT = [  # what evaluate.py puts under MMStar's questions
 ]
 PATCHES = (SIDE // CELL) ** 2
 BOS, EOS, PAD, IMAGE = 1, 2, 3, 4  # token ids
-TEMPLATE = (  # the Vicuna prompt as a chat template
-    "{{ bos_token }}" + VICUNA + "{% for m in messages %}"
-    "{{ ' USER: ' if m['role'] == 'user' else ' ASSISTANT: ' }}{% if m['content'] is string %}"
-    "{{ m['content'] }}{% else %}{% for part in m['content'] %}"
-    "{{ '<image>\n' if part['type'] == 'image' else part['text'] }}{% endfor %}{% endif %}"
-    "{{ '' if m['role'] == 'user' else eos_token }}{% endfor %}"
-    "{{ ' ASSISTANT:' if add_generation_prompt else '' }}"
-)
 
 # --- untrained ------------------------------------------------------------------------------------
 
 
-def new_tokenizer():
-    """Words as tokens, and spaces as Llama has them: a word carries the space before it."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    pieces = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split("\n", "isolated"),
-            pre_tokenizers.Metaspace("▁", "first"),
-            pre_tokenizers.Split(Regex("[.,:?']"), "isolated"),
-        ]
-    )
-    texts = [
-        *(*DESCRIBE, *DIRECT, *NOUNS, *COLORS, *NUMBERS),
-        "a and Yes No there color",
-        f"{VICUNA} USER: \n ASSISTANT:",
-        "How many objects are in this image?",
-        "Which object is in this image?\nOptions: A: B: C: D",
-        "What color is the cup?",
-    ]
-    questions = ("exists", "cup"), ("state", "cup", "red"), ("number", 1), ("number", 2)
-    texts += [ask(question) for question in questions]
-    found = set()
-    for text in texts:
-        found.update(piece.strip("▁") for piece, _ in pieces.pre_tokenize_str(text))
-    words = sorted(found - {""})
-    vocabulary = ["<unk>", "<s>", "</s>", "<pad>", "<image>", "▁", *words]
-    vocabulary += ["▁" + word for word in words if word.isalpha()]
-    ids = {word: i for i, word in enumerate(vocabulary)}
-    core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
-    core.pre_tokenizer, core.decoder = pieces, decoders.Metaspace("▁", "first")
-    core.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", BOS)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        pad_token="<pad>",
-        extra_special_tokens={"image_token": "<image>"},
-        padding_side="left",
-        model_max_length=512,
-        clean_up_tokenization_spaces=False,
-    )
-
-
 def new_processor():
-    """A LlavaProcessor; its chat template is the Vicuna prompt, too."""
-    from transformers import CLIPImageProcessorPil, LlavaProcessor
+    """A LlavaProcessor whose tokens are words, and spaces as Llama has them: a word carries the
+    space before it. Its chat template is the Vicuna prompt, too."""
+    from transformers import LlavaProcessor
 
-    pictures = CLIPImageProcessorPil(
-        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}
-    )
-    return LlavaProcessor(
-        pictures,
-        new_tokenizer(),
-        patch_size=CELL,
-        chat_template=TEMPLATE,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
+    return LlavaProcessor.from_pretrained(Path(__file__).with_name("processor"))
 
 
 def new_model(vocabulary):
@@ -302,13 +241,9 @@ def train_language(model, processor, scenes, size, rng, batch_size=12):
 @torch.no_grad()
 def reply(model, processor, pairs, sample=False, batch_size=200):
     """The model's answers to (scene, prompt) pairs: greedy, or sampled at temperature 1."""
-    prompts = Prompts(processor, "vicuna")
-    sampling = {"top_k": 0} if sample else {}
-    said = []
+    prompts, said = Prompts(processor, "vicuna"), []
     for start in range(0, len(pairs), batch_size):
         scenes, texts = zip(*pairs[start : start + batch_size])
-        inputs = prompts.encode(texts, [draw(scene) for scene in scenes])
-        ids = model.generate(**inputs, do_sample=sample, max_new_tokens=40, **sampling)
-        answers = ids[:, inputs["input_ids"].shape[1] :]
-        said += processor.batch_decode(answers, skip_special_tokens=True)
-    return [text.strip() for text in said]
+        pictures = [draw(scene) for scene in scenes]
+        said += generate(model, prompts, texts, pictures, 40, temperature=float(sample))
+    return said

@@ -62,7 +62,7 @@ class Row:
         return self.inputs["input_ids"].shape[1] + sum(len(y) for y in self.responses)
 
 
-def logp_table(model, rows, records, packed=True, tokens_per_forward=0):
+def logp_table(model, rows, records, packed=True, tokens_per_forward=0, all_logits=False):
     """(3, 3, records) fp32 log-probabilities in nats; NaN in the cells that no row asks for.
 
     packed: rows go into one forward pass while they fit into tokens_per_forward; with 0 each row
@@ -70,7 +70,7 @@ def logp_table(model, rows, records, packed=True, tokens_per_forward=0):
     """
     table = torch.full((3, 3, records), math.nan, device=base_model(model).device)
     for group in groups_of(rows, tokens_per_forward):
-        logps = packed_logps(model, group) if packed else plain_logps(model, group)
+        logps = packed_logps(model, group) if packed else plain_logps(model, group, all_logits)
         sums = torch.stack([logp.sum() for logp in logps])
         cells = [(*cell, row.record) for row in group for cell in row.cells]
         image, response, record = torch.tensor(cells, device=table.device).T
@@ -102,10 +102,11 @@ def groups_of(rows, tokens_per_forward):
 # --- the simple way ------------------------------------------------------------------------------
 
 
-def plain_logps(model, rows):
+def plain_logps(model, rows, all_logits=False):
     """Per-token log-probs (fp32) of every response, from a right-padded batch for each row.
 
-    The tests' oracle, and the way of the families that cannot be packed.
+    The tests' oracle, and the way of the families that cannot be packed. all_logits: computes those
+    of the prompt as well, which nobody needs, as the published code does (speed/ compares).
     """
     device = base_model(model).device
     logps = []
@@ -129,8 +130,9 @@ def plain_logps(model, rows):
 
         # Position t predicts token t + 1: the logits of the prompt's last token and all behind it.
         keep = responses.shape[1] + 1
-        logits = model(**inputs, use_cache=False, logits_to_keep=keep).logits[:, :-1]
-        all_logps = logits.float().log_softmax(-1)
+        computed = 0 if all_logits else keep  # 0: all of them
+        logits = model(**inputs, use_cache=False, logits_to_keep=computed).logits
+        all_logps = logits.float().log_softmax(-1)[:, -keep:-1]
         picked = all_logps.gather(2, responses.to(device)[:, :, None])[:, :, 0]  # (n, longest)
         logps += [picked[k, : len(y)] for k, y in enumerate(row.responses)]
     return logps

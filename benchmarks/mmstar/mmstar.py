@@ -14,7 +14,16 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from benchmarks.common import Question, find, image_of, need_fields, need_image, percent, read
+from benchmarks.common import (
+    Question,
+    find,
+    image_of,
+    need_fields,
+    need_image,
+    percent,
+    read,
+    word_list,
+)
 from support.cli import UserError
 
 ITEMS, ANSWER, JUDGE = 1500, "prediction", "none"
@@ -24,26 +33,6 @@ COLUMNS = {"Overall↑": ("overall",)}
 SUFFIX = {  # what is asked behind a question
     "symmpo": "\nAnswer the question directly.",
     "official": "\nAnswer with the option's letter from the given choices directly.",
-}
-CATEGORIES = {  # each has 250 questions, and three sub-categories
-    "coarse perception": ("image scene and topic", "image style & quality", "image emotion"),
-    "fine-grained perception": ("object counting", "recognition", "localization"),
-    "instance reasoning": (
-        "single-instance reasoning",
-        "cross-instance attribute reasoning",
-        "cross-instance relation reasoning",
-    ),
-    "logical reasoning": (
-        "code & sequence reasoning",
-        "diagram reasoning",
-        "common reasoning",
-    ),
-    "science & technology": (
-        "biology & chemistry & physics",
-        "electronics & energy & mechanical eng.",
-        "geography & earth science & agriculture",
-    ),
-    "math": ("geometry", "numeric commonsense and calculation", "statistical reasoning"),
 }
 
 
@@ -91,7 +80,7 @@ def published_sizes(folder):
                 size.update(parts_of(row))
             return size
     size = {"overall": ITEMS}
-    for category, inside in CATEGORIES.items():
+    for category, inside in read(word_list("mmstar", "categories.json")).items():
         size[category] = 250
         for name in inside:
             size[f"{category}({name})"] = None  # not needed, see `score`

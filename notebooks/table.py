@@ -1,14 +1,13 @@
 """Tables 1 and 2 of the paper in miniature: every objective on the tiny world, tuned and repeated.
 
-    python -m tiny.table                 17 minutes on two cores; resumable
-    python -m tiny.table --out DIR       where the runs, table.md, table.json and table.png go
+    python -m notebooks.table                 17 minutes on two cores; resumable
+    python -m notebooks.table --out DIR       where the runs, table.md, table.json and table.png go
 
 Each row gets the same tuning budget: four learning rates, one seed, judged on the validation
 scenes (the mean of coverage and 100 - CHAIR, greedy). The best rate then trains with three other
 seeds, and only those runs see the test scenes. Everything goes through train.py and benchmarks/.
 """
 
-import argparse
 import contextlib
 import json
 import multiprocessing
@@ -19,7 +18,9 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-BUILT = Path(__file__).resolve().parent / "built"
+from support.cli import new_parser
+
+BUILT = Path(__file__).resolve().parent.parent / "tiny" / "built"
 ROWS = {  # what differs from the tiny world's preset; None: not trained
     "base": None,
     "SFT": {"objective": "sft"},
@@ -156,9 +157,7 @@ def draw(table, path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--out", default="runs/table", help="folder (default %(default)s)")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time")
     args = parser.parse_args(argv)
