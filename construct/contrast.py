@@ -89,7 +89,8 @@ def contrast(args):
     for number, (fields, files) in enumerate(tqdm(given, desc=args.kind, unit=" records")):
         image = files["image"]
         if args.kind in MADE:
-            rng = random.Random(f"{args.seed} {number} {fields['image']}")
+            seed = f"{args.seed} {number} {fields['image']}"
+            rng = random.Random(seed.encode("utf-8", "replace"))  # a path may be none
             other, cosine = folder / f"{number:06d}.png", None
             MADE[args.kind](open_image(str(image)), rng, args).save(other)
         elif image in chosen:

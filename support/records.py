@@ -26,8 +26,7 @@ NOT_READ = {  # how a file begins: what it is, and the way on
     b"\x1f\x8b": "compressed with gzip: unpack it with `gunzip`",
     b"\x28\xb5\x2f\xfd": "compressed with zstd: unpack it with `unzstd`",
     b"PK": "a zip archive: unpack it with `unzip`",
-    b"\xff\xfe": "UTF-16 text: convert it with `iconv -f UTF-16 -t UTF-8`",
-    b"\xfe\xff": "UTF-16 text: convert it with `iconv -f UTF-16 -t UTF-8`",
+    (b"\xff\xfe", b"\xfe\xff"): "UTF-16 text: convert it with `iconv -f UTF-16 -t UTF-8`",
 }
 CHUNK = 2**20  # bytes read at a time
 

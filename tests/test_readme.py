@@ -12,7 +12,7 @@ import torch
 import symmpo
 import train
 from conftest import ROOT
-from docs import method
+from notebooks import method
 from notebooks.table import markdown
 
 README = (ROOT / "README.md").read_text()
