@@ -123,8 +123,7 @@ def main(argv=None):
     if (args.out / "manifest.json").exists():
         parser.error(f"{args.out} holds a build already: delete it or name another folder")
     started = time.time()
-    for name, rates in build(args.out, SIZES["quick" if args.quick else "full"], args.seed).items():
-        print(f"{name:24}" + "  ".join(f"{key} {value}" for key, value in rates.items()))
+    print(json.dumps(build(args.out, SIZES["quick" if args.quick else "full"], args.seed)))
     print(f"{args.out}: built in {time.time() - started:.0f} s", file=sys.stderr)
 
 

@@ -494,6 +494,39 @@ def mad_server(w, n=300):
         yield "" if good and bounded else f"q{i}: {got[f'q{i}']}"
 
 
+# --- checkpoints and guards -----------------------------------------------------------------------
+
+
+def damaged(w, n=40):
+    """A random bit of a random file of a run's folder is flipped: its resumption is refused."""
+    module, argv, state, out = train_job(w, "damaged")
+    log, rng = w.folder / "damaged.log", random.Random(5)
+    harness.run(module, argv, log)
+    whole = w.folder / "undamaged"
+    shutil.copytree(out, whole)
+    for _ in range(n):
+        shutil.rmtree(out)
+        shutil.copytree(whole, out)
+        names = ("*.safetensors", "optimizer.pt", "run.json", "records.json", "metrics.jsonl")
+        [path] = out.rglob(rng.choice(names))
+        raw = bytearray(path.read_bytes())
+        raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
+        path.write_bytes(raw)
+        log.write_text("")
+        code, text = harness.run(module, argv, log), log.read_text()
+        good = code == 2 and "Traceback" not in text
+        unchanged = code == 0 and state(out) == state(whole)  # such as a bit of white space
+        yield "" if good or unchanged else f"{path.name}: exit {code}, {text[-200:]}"
+
+
+def guards(w):
+    """Each guard broken on purpose: a test has to fail."""
+    from tests.mutants import outcomes
+
+    for guard, noticed in outcomes():
+        yield "" if noticed else f"no test notices: {guard}"
+
+
 # --- the table ----------------------------------------------------------------------------------
 
 CAMPAIGN = {
@@ -516,6 +549,8 @@ CAMPAIGN = {
     "Mutated and odd images": broken_images,
     "Mutated parquet files": broken_parquet,
     "Questions to a mad server": mad_server,
+    "A flipped bit in a run's folder": damaged,
+    "A guard broken on purpose (`python -m tests.mutants`)": guards,
 }
 
 

@@ -62,6 +62,9 @@ def test_answers_after_a_kill_are_those_of_the_undisturbed_run(asked, tmp_path):
     process.kill()
     process.join()
     assert process.exitcode in (0, -signal.SIGKILL), log.read_text()
+    assert whole.startswith((out / "answers.jsonl").read_bytes())
+    assert harness.run("evaluate", argv, log) == 0, log.read_text()
+    assert (out / "answers.jsonl").read_bytes() == whole  # from what the killed process left
     for kept in (len(whole.splitlines(True)[0]) + 9, whole.rindex(b"{") + 3):
         (out / "answers.jsonl").write_bytes(whole[:kept])
         assert harness.run("evaluate", argv, log) == 0, log.read_text()
