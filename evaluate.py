@@ -37,6 +37,8 @@ TINY = Path(__file__).resolve().parent / "tiny" / "built"
 def generate(args):
     """answers.jsonl for the base model (with several adapters, or none) and for each adapter, all
     from one load of the model; returns the files."""
+    if args.server:
+        return generate_on_server(args)
     from vlm.load import fingerprint, load_adapter, load_model  # torch: only where a model answers
     from vlm.prompts import Prompts, prompt_format
 
@@ -192,7 +194,7 @@ def judge_text(reply):
 def run(args):
     """generate, judge where a judge is given, score, report."""
     results = []
-    for answers in generate_on_server(args) if args.server else generate(args):
+    for answers in generate(args):
         judgements = None
         if args.judge_url:
             judge(args, answers.parent)
@@ -272,7 +274,7 @@ def main(argv=None):
     args = parse_args(argv)
     commands = {
         "run": lambda: run(args),
-        "generate": lambda: generate_on_server(args) if args.server else generate(args),
+        "generate": lambda: generate(args),
         "judge": lambda: judge(args, Path(args.out)),
         "score": lambda: score_files(args, args.answers, args.judgements, args.out),
         "report": lambda: report.write(args.names or ["metrics.json"], args.out, args.paper),

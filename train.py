@@ -12,6 +12,7 @@ dropout, since dropout in the policy and not in the reference is noise in every 
 LoRA script: 0.05, at a rate of 5e-7); a record that does not fit --max-length is refused, not cut.
 """
 
+import support  # isort: skip # noqa: F401
 import dataclasses
 import json
 import math

@@ -5,7 +5,6 @@ are only in the latter, whose MMHal rates are written in percent.)
 """
 
 from collections import defaultdict
-from itertools import count
 from pathlib import Path
 
 from benchmarks import BENCHMARKS
@@ -21,11 +20,9 @@ def write(files, folder, paper=None):
         name = result["name"]
         if result["reading"].startswith("no judge"):
             name += " (no judge)"
-        row, name_alone = row_of(result), name
-        for number in count(2):
-            if not rows[name].keys() & row.keys():
-                break
-            name = f"{name_alone} ({number})"  # another model of this name
+        row = row_of(result)
+        if rows[name].keys() & row.keys():
+            name += f" ({len(rows) + 1})"  # another model of this name
         rows[name] |= row
     headings = list(dict.fromkeys(heading for row in rows.values() for heading in row))
     size = paper or size_of(results[0].get("model", ""))

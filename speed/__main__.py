@@ -150,7 +150,7 @@ def main(argv=None):
     args = options(argv)
     torch.set_num_threads(1)
     device = "cuda" if args.cuda else "cpu"
-    processor = Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].split("\n")[0]
+    processor = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].split("\n")[0]
     print(f"{time.ctime()}, torch {torch.__version__}, {processor}", *sys.argv[1:], flush=True)
     summary = dict.fromkeys(SUMMARY.split())  # null where a part did not run
     differences = []

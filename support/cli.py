@@ -27,8 +27,7 @@ def run_command(function, *args):
     try:
         return function(*args)
     except (UserError, OSError) as error:
-        told_by_another = type(error).__name__ == "Shared" and os.environ.get("RANK", "0") != "0"
-        if not told_by_another:
+        if type(error).__name__ != "Shared" or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("error: interrupted; the same command starts again", file=sys.stderr)

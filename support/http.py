@@ -19,7 +19,6 @@ import httpx2
 from support.cli import UserError
 
 MOST = 2**25  # bytes of a reply, unpacked
-REDIRECTS = (301, 302, 303, 307, 308)
 AT_HOME = (".local", ".localhost", ".internal", ".lan")  # names that only a private network has
 
 
@@ -53,7 +52,7 @@ class WholeReplies(httpx2.AsyncHTTPTransport):
             if name not in ("content-encoding", "content-length", "transfer-encoding"):
                 headers[name] = value
         content = unpacked(bytes(content), kind)
-        if status in REDIRECTS and leads_away(request.url, headers.get("location", "")):
+        if leads_away(request.url, headers.get("location", "")):
             text = f"it redirects to {shown(headers.pop('location'))}; if you trust that, ask it"
             content = json.dumps({"error": {"message": text}}).encode()
         return httpx2.Response(status, headers=headers, content=content, request=request)

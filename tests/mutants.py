@@ -67,7 +67,7 @@ MUTANTS = [
         "data.py",
         "limits = options.seed, options.max_length, options.allow_outside",
         "limits = options.seed, options.max_length, True",
-        "tests/faults/test_trust.py -k out_of_the_data_folder",
+        "tests/faults/test_guards.py -k training_opens",
     ),
     Mutant(
         "a record that is too long is refused",

@@ -10,8 +10,6 @@ from known truth, and no two splits share a scene.
 import hashlib
 import json
 import random
-import sys
-import time
 from pathlib import Path
 
 import torch
@@ -122,9 +120,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if (args.out / "manifest.json").exists():
         parser.error(f"{args.out} holds a build already: delete it or name another folder")
-    started = time.time()
     print(json.dumps(build(args.out, SIZES["quick" if args.quick else "full"], args.seed)))
-    print(f"{args.out}: built in {time.time() - started:.0f} s", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -79,6 +79,18 @@ def test_no_code_beside_config_model_or_processor_is_run(llava, tmp_path, monkey
     assert not trace.exists()
 
 
+def test_training_opens_no_image_outside_the_folder(job, tmp_path):  # noqa: F811
+    argv, _, _ = job("whole")
+    line = json.loads(argv[3].read_text().splitlines()[0])
+    line["image"] = str(argv[3].parent / line["image"])
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps(line) + "\n")
+    options = train.read_options([*map(str, argv), "--data", str(path)])
+    options.eval_data, options.out = None, str(tmp_path / "run")
+    with pytest.raises(UserError, match="p.jsonl:1.*--allow-outside"):
+        train.train(options)
+
+
 def test_check_opens_no_image_outside_the_folder(prefs, tmp_path, capsys):
     line = json.loads(prefs.read_text().splitlines()[0])
     line["image"] = str(prefs.parent / line["image"])
