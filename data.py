@@ -242,13 +242,16 @@ def embed(files, encoder, cache, batch=64):
         hashes = [pixel_hash(image) for image in images]
         key = hashlib.sha256(f"{weights} {preprocess} {hashes}".encode()).hexdigest()
         kept = Path(cache, f"{key}.pt")
-        if not kept.exists():
+        try:
+            found = torch.load(kept, weights_only=True)
+        except Exception:  # it is not there, or torn
             inputs = preprocess(images=images, return_tensors="pt").to(model.device)
-            found = model.get_image_features(**inputs).pooler_output
-            means = torch.stack([x.reshape(-1, x.shape[-1]).mean(0) for x in found])
-            torch.save(torch.nn.functional.normalize(means).cpu(), kept.with_suffix(".part"))
+            features = model.get_image_features(**inputs).pooler_output
+            means = torch.stack([x.reshape(-1, x.shape[-1]).mean(0) for x in features])
+            found = torch.nn.functional.normalize(means).cpu()
+            torch.save(found, kept.with_suffix(".part"))
             os.replace(kept.with_suffix(".part"), kept)
-        vectors.append(torch.load(kept, weights_only=True))
+        vectors.append(found)
         pixels += hashes
     return torch.cat(vectors), pixels
 

@@ -16,8 +16,10 @@ from test_kill import job  # noqa: F401
 import train
 from conftest import ROOT
 from construct import contrast, responses, review
+from data import records_of_step
 from support.checkpoint import RunFolder
 from support.cli import UserError, at_most
+from support.formats import normalise
 from support.images import open_image
 from vlm.load import fingerprint, load_adapter, load_model
 
@@ -340,3 +342,112 @@ def test_malformed_benchmark_files_end_in_one_message(tmp_path):
             well_formed("amber", tmp_path),
         ):
             BENCHMARKS["amber"].questions(tmp_path, Settings())
+
+
+def test_the_second_process_names_its_bad_record(job, tmp_path):  # noqa: F811
+    """Under torchrun: the message once, the finished step saved."""
+    argv, _, _ = job("whole")
+    lines = argv[3].read_text().splitlines()
+    argv = command(argv, "--batch-size", 2, "--steps", 2, "--save-every", 9, "--workers", 0)
+    path = tmp_path / "bad.jsonl"
+    shutil.copytree(job("whole")[0][3].parent, tmp_path, dirs_exist_ok=True)
+    options = train.read_options(argv)
+    bad = records_of_step(1, len(lines), options)[1]  # of rank 1, in the second step
+    lines[bad] = "{"
+    path.write_text("\n".join(lines) + "\n")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    more = ["--data", str(path), "--out", str(tmp_path / "run"), "--device", "cpu"]
+    process = subprocess.run(
+        [*torchrun, "--master_port", "29611", "train.py", *argv, *more],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert process.returncode != 0
+    assert process.stderr.count(f"error: {path}:{bad + 1}: not valid JSON") == 1, process.stderr
+    assert (tmp_path / "run" / "checkpoint-1" / "run.json").exists()
+
+
+def test_held_out_images_may_vanish_after_the_start(begun, monkeypatch):
+    """They were read before the first step."""
+    argv, out, prefs = begun
+    held = prefs.parent / "held"
+    shutil.copytree(prefs.parent, held)
+    options = train.read_options([*argv[:-1], "--eval-data", str(held / "few.jsonl")])
+    options.out, options.sample_every, options.workers = str(out) + "3", 1, 0
+    real = train.evaluate_held_out
+
+    def vanish(run):
+        shutil.rmtree(held, ignore_errors=True)
+        return real(run)
+
+    monkeypatch.setattr(train, "evaluate_held_out", vanish)
+    _, done = train.train(options)
+    assert done == options.steps
+
+
+def test_long_texts_are_read_in_a_moment(tmp_path):
+    began = time.monotonic()
+    text = "a" + "\n" * 150_000 + "b"
+    for words in (text, "Human: " + text, "USER: " + text):
+        try:
+            normalise({"image": "x", "prompt": words, "chosen": text, "rejected": "c"})
+        except ValueError:
+            pass  # half a template
+    review.marked("the cat " * 4000, "the dog the cat " * 2000)
+    assert time.monotonic() - began < 5
+
+
+def test_errors_of_processor_and_template_are_the_records(prefs, llava):
+    from data import build_rows
+    from support.records import Records
+    from vlm.load import load_processor
+    from vlm.prompts import Prompts
+
+    _, processor = load_processor(str(llava))
+    for template in (
+        "{{ messages[7].content }}",
+        "{{ raise_exception('only one turn') }}",
+        "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}",
+    ):
+        prompts = Prompts(processor, "vicuna")
+        prompts.form, processor.chat_template = "chat", template
+        record = Records(prefs)[2]
+        if "range" in template:
+            with pytest.raises(UserError, match="takes longer"), at_most(2, "the template"):
+                processor.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+            continue
+        with pytest.raises(UserError, match="prefs.jsonl:3: .*template"):
+            build_rows(record, prompts, [(0, 0)])
+
+
+def test_a_torn_embedding_is_made_again(prefs, llava, tmp_path):
+    from data import embed
+
+    files = [prefs.parent / f"m{i}.png" for i in range(3)]
+    first, _ = embed(files, str(llava), tmp_path / "cache")
+    [kept] = (tmp_path / "cache").glob("*.pt")
+    kept.write_bytes(kept.read_bytes()[:100])
+    again, _ = embed(files, str(llava), tmp_path / "cache")
+    assert torch.equal(first, again)
+
+
+def test_no_home_folder_is_said(llava, prefs):
+    result = subprocess.run(
+        [
+            sys.executable,
+            "train.py",
+            "--model",
+            llava,
+            "--data",
+            prefs,
+            "--cache",
+            "~no-such-user/cache",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2 and "name a folder" in result.stderr
+    assert "Traceback" not in result.stderr
