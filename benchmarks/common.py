@@ -102,11 +102,11 @@ def image_file(folder, subfolder, name, allow_outside):
     return str(path)
 
 
-def need_image(image, folder, prompt):
-    """Refuse a question that has lost its image."""
+def question_about(image, row, prompt, folder):
+    """A Question about an image, which it must not have lost; its record is the row without it."""
     if image is None:
         raise UserError(f"{folder}: no image belongs to the question {prompt!r}")
-    return image
+    return Question(prompt, image, {name: row[name] for name in row if name != "image"})
 
 
 # --- answers --------------------------------------------------------------------------------------

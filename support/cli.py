@@ -30,7 +30,7 @@ def run_command(function, *args):
         if type(error).__name__ != "Shared" or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
-        print("error: interrupted; the same command starts again", file=sys.stderr)
+        print("error: interrupted", file=sys.stderr)
     sys.exit(2)
 
 

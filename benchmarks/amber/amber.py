@@ -16,11 +16,10 @@ noun is lemmatised before it is looked up, as officially: so the scorer never me
 from collections import Counter, defaultdict
 
 from benchmarks.common import (
-    Question,
     find,
     image_of,
     need_fields,
-    need_image,
+    question_about,
     read,
     word_list,
 )
@@ -65,8 +64,7 @@ def questions(folder, settings):
         if wanted.isdisjoint(PARTS_OF_TYPE[notes[row["id"] - 1]["type"]]):
             continue
         image = image_of(folder, "image", row["image"], settings)
-        record = {name: value for name, value in row.items() if name != "image"}
-        asked.append(Question(row["query"], need_image(image, folder, row["query"]), record))
+        asked.append(question_about(image, row, row["query"], folder))
     return asked
 
 

@@ -16,7 +16,7 @@ import re
 from collections import defaultdict
 from typing import NamedTuple
 
-from benchmarks.common import Question, find, image_of, need_fields, need_image, percent, read
+from benchmarks.common import Question, find, image_of, need_fields, percent, question_about, read
 from support.cli import UserError
 
 ITEMS, ANSWER, JUDGE = 1129, "model_prediction", "optional"
@@ -41,11 +41,11 @@ class Place(NamedTuple):
 def questions(folder, settings):
     asked = []
     for row in read(find(folder, *FILES)):
-        image = None
-        if row["visual_input"] != "0":
+        if row["visual_input"] == "0":
+            asked.append(Question(row["question"], None, row))
+        else:
             image = image_of(folder, "hallusion_bench", row.get("filename"), settings)
-            need_image(image, folder, row["question"])
-        asked.append(Question(row["question"], image, row))
+            asked.append(question_about(image, row, row["question"], folder))
     return asked
 
 

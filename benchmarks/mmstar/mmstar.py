@@ -15,12 +15,11 @@ from collections import Counter
 from pathlib import Path
 
 from benchmarks.common import (
-    Question,
     find,
     image_of,
     need_fields,
-    need_image,
     percent,
+    question_about,
     read,
     word_list,
 )
@@ -41,8 +40,7 @@ def questions(folder, settings):
     for row in read(find(folder, *FILES, *OTHER_NAMES)):
         prompt = row["question"] + SUFFIX[settings.protocol]
         image = image_of(folder, "images", row.get("image"), settings)
-        record = {name: value for name, value in row.items() if name != "image"}
-        asked.append(Question(prompt, need_image(image, folder, row["question"]), record))
+        asked.append(question_about(image, row, prompt, folder))
     return asked
 
 

@@ -19,12 +19,11 @@ from itertools import groupby
 from pathlib import Path
 
 from benchmarks.common import (
-    Question,
     find,
     image_of,
     need_fields,
-    need_image,
     percent,
+    question_about,
     read,
     word_list,
 )
@@ -47,9 +46,7 @@ def questions(folder, settings):
     asked = []
     for row in read(find(folder, QUESTIONS)):
         image = image_of(folder, "images", row.get("image"), settings)
-        record = {name: value for name, value in row.items() if name != "image"}
-        question = row["question"]
-        asked.append(Question(question, need_image(image, folder, question), record))
+        asked.append(question_about(image, row, row["question"], folder))
     return asked
 
 

@@ -71,6 +71,17 @@ def test_answers_after_a_kill_are_those_of_the_undisturbed_run(asked, tmp_path):
         assert (out / "answers.jsonl").read_bytes() == whole
 
 
+def test_sampled_answers_go_on_with_the_same_batch_size_alone(asked, tmp_path):
+    """A batch is sampled together: another size gives other answers."""
+    argv, whole = asked
+    (tmp_path / "out").mkdir()
+    argv = [*argv, "--out", tmp_path / "out"]
+    assert harness.run("evaluate", argv, tmp_path / "log") == 0
+    assert harness.run("evaluate", [*argv, "--batch-size", "3"], tmp_path / "log") == 2
+    assert "batch_size was 4, is 3" in (tmp_path / "log").read_text()
+    assert (tmp_path / "out" / "answers.jsonl").read_bytes() == whole
+
+
 def test_a_second_process_on_the_folder_is_refused(asked, tmp_path):
     argv, whole = asked
     argv = [*argv, "--out", tmp_path / "out"]
