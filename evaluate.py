@@ -24,7 +24,7 @@ from string import Template
 
 from benchmarks import BENCHMARKS, report, score, well_formed
 from benchmarks.answers import Answers, answer, names_of
-from benchmarks.common import HERE, Settings, read
+from benchmarks.common import HERE, Settings, plain, read
 from support.chat import ask_in_order, chat_message, digest
 from support.cli import UserError, new_parser, run_command, within
 from support.files import write_json, write_lines
@@ -131,7 +131,8 @@ def settings_of(args, judgements=None):
 
 
 def judge(args, folder):
-    """judgements.jsonl in answer order. Raw replies are on disk (judge_replies.jsonl) before."""
+    """judgements.jsonl in answer order, without thinking and Markdown. Raw replies are on disk
+    (judge_replies.jsonl) before."""
     benchmark, answers = BENCHMARKS[args.benchmark], read(folder / "answers.jsonl")
     prompt = Template((HERE / args.benchmark / "judge.txt").read_text(encoding="utf-8"))
     asked = {}
@@ -148,13 +149,13 @@ def judge(args, folder):
         base_url=args.judge_url,
         model=args.judge_model,
         desc="judging",
-        check=benchmark.check_reply,
+        check=lambda text: benchmark.check_reply(plain(text)),
         temperature=0,
     )
     texts = dict(zip(asked, list(replies)))
     lines = []
     for number in range(len(answers)):
-        lines.append({"text": texts.get(number, "[]"), "model": args.judge_model})
+        lines.append({"text": plain(texts.get(number, "[]")), "model": args.judge_model})
     write_lines(folder / "judgements.jsonl", lines)
 
 

@@ -7,6 +7,7 @@ import base64
 import functools
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,6 +127,11 @@ def need_fields(answers, kinds):
         for name, kind in kinds.items():
             if not isinstance(answer, dict) or not isinstance(answer.get(name), kind):
                 raise UserError(f"answer {number}: the field {name} is missing or of a wrong type")
+
+
+def plain(reply):
+    """What a judge says behind its thinking, without Markdown."""
+    return re.sub("[*`#]", "", reply.rpartition("</think>")[2]).strip()
 
 
 def percent(part, whole):

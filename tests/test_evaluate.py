@@ -962,3 +962,40 @@ def test_before_and_after_switch_the_adapter(loaded, llava, adapter, amber, monk
         found = short(policy, prompts, amber)["metrics"]
         assert line.split()[1] == str(found["generative"]["CHAIR"])
         assert line.split()[-1] == str(found["discriminative"]["Accuracy"])
+
+
+@pytest.mark.parametrize(
+    "benchmark, reply, read_as",
+    [
+        ("mmhal", "**Rating:** 4", "Rating: 4"),
+        ("mmhal", "<think>Rating: 0? Rating: 1?</think>\n## Verdict\nRating: **5**", "Rating: 5"),
+        ("hallusionbench", "<think>correct or incorrect?</think>**Correct**", "Correct"),
+        ("objhal", '```json\n["dog", "cup"]\n```', '["dog", "cup"]'),
+    ],
+)
+def test_judgements_are_what_follows_the_thinking_without_markdown(
+    serve, tmp_path, benchmark, reply, read_as
+):
+    row = {"question": "q", "gt_answer": "a", "model_answer": "b", "image_content": ["c"]}
+    row |= {"model_prediction": "x", "gt_answer_details": "y", "text": "A dog and a red cup."}
+    (tmp_path / "answers.jsonl").write_text(json.dumps(row) + "\n")
+    url, _ = serve(lambda body, attempt: reply)
+    command = ["judge", "--benchmark", benchmark, "--out", tmp_path, "--judge-url", url]
+    run(*command, "--judge-model", "j")
+    [line] = read(tmp_path / "judgements.jsonl")
+    assert read_as in line["text"] and "think" not in line["text"]
+
+
+@pytest.mark.parametrize("benchmark", ["mmhal", "hallusionbench"])
+def test_a_reply_without_a_judgement_is_asked_again_and_never_scored(
+    serve, tmp_path, capsys, benchmark
+):
+    row = {"question": "q", "gt_answer": "a", "model_answer": "b", "image_content": ["c"]}
+    row |= {"model_prediction": "x", "gt_answer_details": "y"}
+    (tmp_path / "answers.jsonl").write_text(json.dumps(row) + "\n")
+    url, bodies = serve(lambda body, attempt: "I would rather not say.")
+    with pytest.raises(SystemExit) as end:
+        command = ["judge", "--benchmark", benchmark, "--out", tmp_path, "--judge-url", url]
+        run(*command, "--judge-model", "j")
+    assert end.value.code == 2 and "no usable reply" in capsys.readouterr().err
+    assert len(bodies) == 3 and not (tmp_path / "judgements.jsonl").exists()

@@ -54,7 +54,9 @@ def judge_messages(prompt, row):
 
 
 def check_reply(text):
-    """Any text is a judgement: one that is neither correct nor incorrect means unsure."""
+    """A judgement says correct, incorrect or unclear; else ValueError."""
+    if not re.search("correct|unclear", text.lower()):
+        raise ValueError(f"neither correct nor incorrect nor unclear: {text[-80:]!r}")
 
 
 def score(answers, folder, settings):

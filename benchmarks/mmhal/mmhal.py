@@ -37,7 +37,9 @@ def judge_messages(prompt, row):
 
 
 def check_reply(text):
-    """Any text is a judgement."""
+    """A judgement has a rating; else ValueError."""
+    if not re.search("rating: ?\n?[0-6]", text.lower()):
+        raise ValueError(f"no rating of 0 to 6: {text[-80:]!r}")
 
 
 def score(answers, folder, settings):
