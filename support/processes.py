@@ -103,5 +103,11 @@ def outlive_a_signal(worker):
     """For data loading workers. A signal to the whole process group ends the run only after the
     micro-batch at hand, and they have to live until then; but not longer than three seconds, or a
     parent that fails would wait for them for ever."""
+
+    def end_soon(number, frame):
+        timer = threading.Timer(3, os._exit, [0])
+        timer.daemon = True  # a worker that ends by itself does not wait for it
+        timer.start()
+
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: threading.Timer(3, os._exit, [0]).start())
+        signal.signal(number, end_soon)
