@@ -398,9 +398,9 @@ def train(options):
                 run.left_out = processes.merged(run.left_out)
                 if totals["stop"]:
                     break  # a resumed run takes this step from its beginning
-                done = step + 1
                 used += totals["records"]
                 if not totals["records"]:
+                    done = step + 1
                     continue  # all were left out
 
                 # The mean over the records that there really were; clip; one step of AdamW.
@@ -410,7 +410,6 @@ def train(options):
                 norm = torch.nn.utils.clip_grad_norm_(parameters, options.clip).item()
                 # A NaN would spread into the adapter with this step: stop while it is still whole.
                 if not math.isfinite(totals["loss"] + norm):
-                    done = step
                     raise UserError(
                         f"step {step}: loss {totals['loss']:g}, gradient norm {norm:g}, at record "
                         f"numbers {sorted(numbers)} (from 0); the state before this step is in "
@@ -419,7 +418,7 @@ def train(options):
                 whole = False  # until all weights have taken the step
                 optimizer.step()
                 optimizer.zero_grad()
-                whole = True
+                done, whole = step + 1, True
 
                 # Log, look at held-out records, save.
                 line = {"step": done, "lr": lr, "grad_norm": norm}
