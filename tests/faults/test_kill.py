@@ -93,3 +93,16 @@ def test_resuming_a_finished_run_changes_nothing(job):
     argv, out, log = job("whole")
     assert harness.run("train", [*argv, "--resume"], log) == 0, log.read_text()
     assert harness.training(out) == job.whole
+
+
+def test_killed_at_any_moment(job):
+    """Also inside native code, where no Python event is counted: three lives end by the clock."""
+    argv, out, log = job("any-moment")
+    rng, killed = random.Random(3), 0
+    for _ in range(6):
+        killed += harness.killed_after(rng.uniform(0.5, 2.5), "train", [*argv, "--resume"], log)
+        if killed == 3:
+            break
+    assert killed >= 1 and "Traceback" not in log.read_text()
+    assert harness.run("train", [*argv, "--resume"], log) == 0, log.read_text()
+    assert harness.training(out) == job.whole
