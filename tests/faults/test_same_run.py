@@ -158,18 +158,18 @@ def test_a_vanished_folder_is_no_bad_record(begun, capsys, monkeypatch):
 # --- data workers ---------------------------------------------------------------------------------
 
 ENDING = """
-import os, signal, sys, multiprocessing
+import os, signal, sys, time, multiprocessing
 import train
 real, how = train.compute_loss, sys.argv.pop(1)
 def failing(run, examples):
     if run.policy.training and len(multiprocessing.active_children()) > 0:
+        print("at", time.time(), flush=True)
         if how == "error":
             raise RuntimeError("injected")
         if how == "killed worker":
             os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
         if how == "hangup":
             os.kill(os.getpid(), signal.SIGHUP)
-        print("now", flush=True)
     return real(run, examples)
 train.compute_loss = failing
 train.main(sys.argv[1:])
@@ -180,7 +180,6 @@ train.main(sys.argv[1:])
 def test_no_worker_holds_up_the_end_of_a_run(job, tmp_path, how):  # noqa: F811
     argv, _, _ = job("whole")
     argv = command(argv, "--out", tmp_path / "run", "--workers", 2)
-    began = time.monotonic()
     process = subprocess.run(
         [sys.executable, "-c", ENDING, how, *argv],
         cwd=ROOT,
@@ -190,7 +189,9 @@ def test_no_worker_holds_up_the_end_of_a_run(job, tmp_path, how):  # noqa: F811
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     text = process.stdout + process.stderr
-    assert process.returncode not in (0, None) and time.monotonic() - began < 50
+    ended = time.time()
+    [began, *_] = [float(line[3:]) for line in text.splitlines() if line.startswith("at ")]
+    assert process.returncode != 0 and ended - began < 8  # five seconds, and a busy machine
     wanted = {"error": "injected", "killed worker": "worker", "hangup": "go on with"}[how]
     assert wanted in text, text[-2000:]
 
