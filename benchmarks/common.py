@@ -103,8 +103,10 @@ def image_file(folder, subfolder, name, allow_outside):
     return str(path)
 
 
-def question_about(image, row, prompt, folder):
-    """A Question about an image, which it must not have lost; its record is the row without it."""
+def question_about(row, prompt, given, folder, subfolder, settings):
+    """A Question about an image, which is given as `image_of` takes it; its record is the row
+    without it. A question must not have lost its image."""
+    image = image_of(folder, subfolder, given, settings)
     if image is None:
         raise UserError(f"{folder}: no image belongs to the question {prompt!r}")
     return Question(prompt, image, {name: row[name] for name in row if name != "image"})

@@ -4,7 +4,7 @@ paper.json has these: Table 1 of the SymMPO paper and Table 1 of the mDPO paper.
 are only in the latter, whose MMHal rates are written in percent.)
 """
 
-from collections import defaultdict
+import statistics
 from pathlib import Path
 
 from benchmarks import BENCHMARKS
@@ -14,36 +14,34 @@ from support.files import write_atomically
 
 def write(files, folder, paper=None):
     """files: metrics.json files. paper: "7b", "13b", "none", or by the first row's model."""
-    results = [read(file) for file in files]
-    rows = defaultdict(dict)  # name -> {heading: value}
+    results, rows = [read(file) for file in files], {}
     for result in results:
-        name = result["name"]
+        name, row = result["name"], row_of(result)
         if result["reading"].startswith("no judge"):
             name += " (no judge)"
-        row = row_of(result)
-        if rows[name].keys() & row.keys():
+        if rows.get(name, {}).keys() & row.keys():
             name += f" ({len(rows) + 1})"  # another model of this name
-        rows[name] |= row
-    headings = list(dict.fromkeys(heading for row in rows.values() for heading in row))
+        rows.setdefault(name, {}).update(row)
     size = paper or size_of(results[0].get("model", ""))
-    rows |= read(HERE / "paper.json").get(size, {})
-
-    text = "\n".join(table(rows, headings) + [""] + made(results))
-    print(text)
-    write_atomically(Path(folder, "report.md"), text + "\n")
-    draw(rows, headings, Path(folder, "report.png"))
+    show(rows | published(size), {}, made(results), Path(folder, "report"))
 
 
 def row_of(result):
-    """{"amber CHAIR↓": 7.9, ...} of one metrics.json."""
+    """{"amber CHAIR↓": [7.9], ...} of one metrics.json."""
     row = {}
     for heading, keys in BENCHMARKS[result["benchmark"]].COLUMNS.items():
         value = result["metrics"]
         for key in keys:
             value = value.get(key, {})
         if value != {}:
-            row[f"{result['benchmark']} {heading}"] = value
+            row[f"{result['benchmark']} {heading}"] = [value]
     return row
+
+
+def published(size):
+    """The paper's rows for a base model."""
+    rows = read(HERE / "paper.json").get(size, {})
+    return {name: {heading: [row[heading]] for heading in row} for name, row in rows.items()}
 
 
 def size_of(model):
@@ -54,13 +52,25 @@ def size_of(model):
     return "none"
 
 
-def table(rows, headings):
-    """Lines of Markdown."""
-    lines = [["model", *headings], ["---", *(["---:"] * len(headings))]]
-    for name, row in rows.items():
-        cells = [f"{row[heading]:.4g}" if heading in row else "" for heading in headings]
-        lines.append([name, *cells])
-    return [f"| {' | '.join(line)} |" for line in lines]
+def show(rows, differences, notes, path):
+    """Print and write path.md and path.png. rows: {name: {heading: values}}, several values where
+    there are several seeds; differences: more of them, for the table alone."""
+    headings = list(dict.fromkeys(heading for row in rows.values() for heading in row))
+    lines = [f"| model | {' | '.join(headings)} |", "| --- " + "| ---: " * len(headings) + "|"]
+    for name, row in (rows | differences).items():
+        cells = [with_spread(row.get(heading, [])) for heading in headings]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    text = "\n".join([*lines, "", *notes])
+    print(text)
+    write_atomically(path.with_suffix(".md"), text + "\n")
+    draw(rows, headings, path.with_suffix(".png"))
+
+
+def with_spread(values):
+    """The value, or the mean and the standard deviation (n - 1) of several."""
+    if len(values) > 1:
+        return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+    return f"{values[0]:.4g}" if values else ""
 
 
 def made(results):
@@ -80,7 +90,7 @@ def draw(rows, headings, path):
     colors = colormaps["viridis"].resampled(len(rows)).colors  # readable without colour vision
     figure = Figure(figsize=(1.6 * len(headings) + 4, 3.2), layout="constrained")
     for axis, heading in zip(figure.subplots(1, len(headings), squeeze=False)[0], headings):
-        heights = [row.get(heading, 0) for row in rows.values()]
+        heights = [statistics.mean(row.get(heading, [0])) for row in rows.values()]
         axis.bar(range(len(rows)), heights, color=colors, label=list(rows))
         axis.set(title=heading.replace(" ", "\n"), xticks=[])
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right")

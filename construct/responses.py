@@ -93,28 +93,13 @@ def sample(drafts, args):
         draft.record["samples"] = replies
 
 
-def sort_claims(drafts, args):
-    """3. The writer sorts the claims in the samples: consistent with the caption of m, or not."""
-    questions = [[Question(template("claims.txt").render(draft.record))] for draft in drafts]
-    parse = functools.partial(json_fields, consistent=list, inconsistent=list)
-    for draft, replies in ask(drafts, questions, "claims", "writer", args, parse):
-        draft.record |= replies[0]
-
-
-def rewrite(drafts, args):
-    """4. The writer makes of them a preferred and a dispreferred response in one style."""
-    questions = [[Question(template("rewrite.txt").render(draft.record))] for draft in drafts]
-    parse = functools.partial(json_fields, chosen=str, rejected=str)
-    for draft, replies in ask(drafts, questions, "rewrite", "writer", args, parse):
-        draft.record |= replies[0]
-
-
-def anchor(drafts, args):
-    """5. The writer answers the same prompt for m', from the caption of m'."""
-    drafts = [draft for draft in drafts if len(draft.images) == 2]
-    questions = [[Question(template("anchor.txt").render(draft.record))] for draft in drafts]
-    parse = functools.partial(json_fields, contrast_chosen=str, changes=list)
-    for draft, replies in ask(drafts, questions, "anchor", "writer", args, parse):
+def write(drafts, args, step, **kinds):
+    """3. The writer sorts the claims in the samples: consistent with the caption of m, or not.
+    4. It makes of them a preferred and a dispreferred response in one style.
+    5. It answers the same prompt for m', from the caption of m'."""
+    questions = [[Question(template(f"{step}.txt").render(draft.record))] for draft in drafts]
+    parse = functools.partial(json_fields, **kinds)
+    for draft, replies in ask(drafts, questions, step, "writer", args, parse):
         draft.record |= replies[0]
 
 
@@ -124,11 +109,14 @@ def build(args):
     need_other(args.out, records)
     Path(f"{args.out}.work").mkdir(parents=True, exist_ok=True)
     drafts = [take_in(records, i, args) for i in tqdm(range(len(records)), desc="images")]
-    for step in (caption, sample, sort_claims, rewrite, anchor):
-        step([draft for draft in drafts if draft.reason is None], args)
-    for draft in drafts:
-        if draft.reason is None:
-            draft.reason = gate(draft.record)
+    caption(usable(drafts), args)
+    sample(usable(drafts), args)
+    write(usable(drafts), args, "claims", consistent=list, inconsistent=list)
+    write(usable(drafts), args, "rewrite", chosen=str, rejected=str)
+    with_contrast = [draft for draft in usable(drafts) if len(draft.images) == 2]
+    write(with_contrast, args, "anchor", contrast_chosen=str, changes=list)
+    for draft in usable(drafts):
+        draft.reason = gate(draft.record)
 
     good, bad = [], []
     for number, draft in enumerate(drafts, 1):
@@ -145,6 +133,10 @@ def build(args):
         print(f"    {count:,} {reason}")
     for name, values in figures(good).items():
         print(f"{name:32} (min, 5 %, median, 95 %, max)", *spread(values))
+
+
+def usable(drafts):
+    return [draft for draft in drafts if draft.reason is None]
 
 
 def take_in(records, i, args):

@@ -8,10 +8,10 @@
 
 A table is an entry of tables.json: what the paper claims, rows (a label and the options of
 train.py, null for the base model), what is evaluated, the published rows, which are subtracted from
-ours, and perhaps a recipe: options for full size. What is finished is not run again, so a killed table goes on. On the tiny world each row
-has the same budget of learning rates, tried with one seed and judged on validation scenes by the
-mean of coverage and 100 - CHAIR; other seeds see the test scenes. At full size it is --lr or the
-row's own.
+ours, and perhaps a recipe, options for full size. What is finished is not run again, so a killed
+table goes on. On the tiny world each row has the same budget of learning rates, tried with one seed
+and judged on validation scenes by the mean of coverage and 100 - CHAIR; other seeds see the test
+scenes. At full size it is --lr or the row's own.
 """
 
 import json
@@ -25,9 +25,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks import report
-from benchmarks.common import HERE, read
+from benchmarks.common import read
 from support.cli import UserError, new_parser, run_command, within
-from support.files import write_atomically, write_json
+from support.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = json.loads(Path(__file__).with_name("tables.json").read_text(encoding="utf-8"))
@@ -52,7 +52,7 @@ def do(args, command, product):
 
 
 def measure(args, label, seed, rate, evaluations):
-    """One run of a row, trained and evaluated: {heading: value}."""
+    """One run of a row, trained and evaluated: {heading: [value]}."""
     name = f"{label}-{seed}-{rate or 'own'}".replace(" ", "-").replace("/", "")
     out = args.out / name
     model, adapter = args.same, []
@@ -80,59 +80,57 @@ def measure(args, label, seed, rate, evaluations):
 
 
 def finish(args, label):
-    """{"label", "tuning": {rate: score}, "rate", "runs": [{heading: value} for each seed]}"""
+    """{"label", "tuning": {rate: score}, "rate", "runs": [a dict for each seed]}"""
     is_base = args.table["rows"][label] is None
     tuning = {}
     for rate in () if is_base or args.same else RATES:
         found = measure(args, label, TUNING_SEED, rate, VALIDATION)
         if found:
-            tuning[rate] = (found["amber_val Cover↑"] + 100 - found["amber_val CHAIR↓"]) / 2
+            cover, chair = found["amber_val Cover↑"][0], found["amber_val CHAIR↓"][0]
+            tuning[rate] = (cover + 100 - chair) / 2
     rate = None if is_base else max(tuning, key=tuning.get, default=args.lr)
     seeds = range(1 if is_base else args.seeds)
     runs = [measure(args, label, seed, rate, args.table["evaluate"]) for seed in seeds]
     return {"label": label, "tuning": tuning, "rate": rate, "runs": runs}
 
 
-def table_of(args, finished):
-    """(lines of Markdown, {row: {heading: mean}}); our rows, the published ones, and differences."""
-    means, cells = {}, {label: {"lr": "not done yet"} for label in args.table["rows"]}
+def rows_of(args, finished):
+    """(our rows and the published ones, their differences): {name: {heading: values}}."""
+    rows, differences = {}, {}
     for row in finished:
-        label, runs = row["label"], row["runs"]
-        means[label], cells[label] = {}, {"lr": row["rate"] or "own"}
-        for heading in runs[0]:
-            values = [run[heading] for run in runs]
-            means[label][heading] = statistics.mean(values)
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            cells[label][heading] = f"{means[label][heading]:.1f}{spread}"
-    for label, name in args.table["published"].items():
-        means[name] = read(HERE / "paper.json")[args.table.get("paper", args.paper)][name]
-        cells[name] = {heading: f"{value}" for heading, value in means[name].items()}
-        ours = means.get(label, {})
-        both = ours.keys() & means[name].keys()
-        cells[f"{label} - {name}"] = {h: f"{ours[h] - means[name][h]:+.1f}" for h in both}
-    headings = list(dict.fromkeys(heading for row in cells.values() for heading in row))
-    lines = [f"| | {' | '.join(headings)} |", "|---" * (len(headings) + 1) + "|"]
-    for label, row in cells.items():
-        lines.append(f"| {label} | {' | '.join(row.get(heading, '') for heading in headings)} |")
-    return lines, means
+        name = f"{row['label']}, lr {row['rate']}" if row["rate"] else row["label"]
+        rows[name] = {}
+        for heading in row["runs"][0]:
+            rows[name][heading] = [value for run in row["runs"] for value in run[heading]]
+        theirs = args.table["published"].get(row["label"])
+        if theirs:
+            known = report.published(args.table.get("paper", args.paper))[theirs]
+            both = rows[name].keys() & known.keys()
+            rows[theirs] = known
+            differences[f"{row['label']} - {theirs}"] = {
+                heading: [statistics.mean(rows[name][heading]) - known[heading][0]]
+                for heading in both
+            }
+    return rows, differences
 
 
 def run(args):
     """Finish one row after the other, and show the table as far as it is."""
-    finished = []
+    finished, labels = [], list(args.table["rows"])
     with ThreadPoolExecutor(1 if args.same else os.cpu_count()) as pool:
-        for row in pool.map(lambda label: finish(args, label), args.table["rows"]):
+        for row in pool.map(lambda label: finish(args, label), labels):
             finished.append(row)
-            if not args.dry_run:
-                lines, means = table_of(args, finished)
-                about = f"`python -m papers {shlex.join(args.typed)}`, {time.strftime('%Y-%m-%d')}"
-                text = "\n".join([args.table["claim"], "", *lines, "", about, ""])
-                write_atomically(args.out / "table.md", text)
-                write_json(args.out / "table.json", finished)
-                headings = list(row["runs"][0])
-                report.draw(means, headings, args.out / "table.png")
-    if not args.dry_run:
-        print(text)
+            if args.dry_run:
+                continue
+            missing = labels[len(finished) :]
+            notes = [args.table["claim"]]
+            if missing:
+                notes.append(f"HALF DONE, without {', '.join(missing)}")
+            notes.append(
+                f"`python -m papers {shlex.join(args.typed)}`, {time.strftime('%Y-%m-%d')}"
+            )
+            report.show(*rows_of(args, finished), notes, args.out / "table")
+            write_json(args.out / "table.json", finished)
 
 
 def main(argv=None):

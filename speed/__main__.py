@@ -29,7 +29,7 @@ import torch
 from speed import measure
 from speed.measure import spread
 from speed.sides import MEMORY, RECORDS, RUNGS, Rung, Side, TRLSide, prepare, step_memory
-from speed.world import PROMPT, RESPONSE, SIZES, step_flops
+from speed.world import PROMPT, RESPONSE, SIZES, patches_of
 from support.cli import UserError, new_parser, run_command, within
 
 EPOCHS = 4  # over which the cost of the cached reference is spread
@@ -65,7 +65,7 @@ def ratios(times):
 def ladder(size, rounds, device):
     """The SymMPO step, one saving at a time."""
     with tempfile.TemporaryDirectory() as folder:
-        run = prepare(folder, SIZES[size], "symmpo", device)
+        run = prepare(folder, size, "symmpo", device)
         sides = {rung.name: Side(run, rung) for rung in RUNGS}
         times, proof = compare(sides, rounds, device)
     *_, shared, cached = sides
@@ -78,7 +78,7 @@ def ladder(size, rounds, device):
 def against_trl(size, rounds, device):
     """The DPO step against TRL's."""
     with tempfile.TemporaryDirectory() as folder:
-        run = prepare(folder, SIZES[size], "dpo", device)
+        run = prepare(folder, size, "dpo", device)
         ours = [Side(run, OURS), Side(run, CACHED)]
         sides = {"TRL DPOTrainer": TRLSide(run, folder)}
         sides.update({side.rung.name: side for side in ours})
@@ -105,16 +105,17 @@ def memories(size, rounds, device):
 def floor(size, rounds, device):
     """The packed SymMPO step with its cached reference over its matrix products at the measured
     rate of the decoder's largest one."""
-    s = SIZES[size]
-    longest = s.patches() + PROMPT + 3 * (RESPONSE - 1)
+    text = SIZES[size]["text_config"]
+    largest = text["hidden_size"], text["intermediate_size"]
+    longest = patches_of(size) + PROMPT + 3 * (RESPONSE - 1)
     with tempfile.TemporaryDirectory() as folder:
-        side = Side(prepare(folder, s, "symmpo", device), CACHED)
+        side = Side(prepare(folder, size, "symmpo", device), CACHED)
+        flop = measure.products(lambda: side.take_step(0), device)
         times, _ = compare({"step": side}, rounds, device)
-    rates = [measure.matmul_rate(longest, s.width, s.inner, device) for _ in range(rounds)]
-    parts = step_flops(s)
-    at_best = sum(parts.values()) / statistics.median(rates)  # seconds
+    rates = [measure.matmul_rate(longest, *largest, device) for _ in range(rounds)]
+    at_best = flop / statistics.median(rates)  # seconds
     fraction = spread([at_best / t["step"] for t in times])
-    row = {"fraction": fraction, "GFLOP/s": spread([rate / 1e9 for rate in rates]), "FLOP": parts}
+    row = {"fraction": fraction, "GFLOP/s": spread([rate / 1e9 for rate in rates]), "FLOP": flop}
     return [row], {"flop_floor_fraction": fraction[0]}
 
 

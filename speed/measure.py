@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from support.cli import UserError
 
@@ -81,6 +83,17 @@ def matmul_rate(m, k, n, device="cpu", repeats=6):
     for _ in range(repeats):
         a @ b.T
     return repeats * 2 * m * k * n / (now(device) - start)
+
+
+def products(work, device="cpu"):
+    """FLOP of the matrix products in some work, as PyTorch counts them: (m, k) x (k, n) is 2mkn. On
+    a CPU it knows attention only as products over all pairs."""
+    kernels = [SDPBackend.MATH]
+    if device != "cpu":
+        kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    with sdpa_kernel(kernels), FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
 
 
 # --- memory ---------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ def prepare(folder, size, objective, device):
     write_world(folder, size, device)
     options = train.Options(model=str(folder), data=f"{folder}/prefs.jsonl", device=device)
     options.objective = objective
-    options.lora_r, options.lora_alpha = size.rank, 2 * size.rank
+    options.lora_r = SIZES[size]["lora_rank"]
+    options.lora_alpha = 2 * options.lora_r
     options.cache, options.out = f"{folder}/cache", f"{folder}/out"
     return train.prepare(options)
 
@@ -171,7 +172,7 @@ MEMORY = ("SymMPO, published", "SymMPO, ours", "DPO, TRL", "DPO, ours")
 
 def step_memory(kind, folder, size, device):
     """Peak MiB of two steps; to be called in a fresh process."""
-    run = prepare(folder, SIZES[size], "dpo" if "DPO" in kind else "symmpo", device)
+    run = prepare(folder, size, "dpo" if "DPO" in kind else "symmpo", device)
     if kind == "DPO, TRL":
         side = TRLSide(run, folder)
     else:

@@ -18,7 +18,7 @@ def write_atomically(path, text):
 
 
 def write_json(path, value):
-    write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False))
+    write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_lines(path, values):

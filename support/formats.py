@@ -9,56 +9,24 @@ reason, never cut: earlier turns, system messages, second images, half of a chat
 
 import json
 import re
+from pathlib import Path
 
 IMAGES = ("image", "contrast_image")  # the fields behind the table's images m and m'
 RESPONSES = ("chosen", "rejected", "contrast_chosen")  # behind its responses y_w, y_l and y'_w
 FIELDS = (*IMAGES, "prompt", *RESPONSES)
-OTHER_NAMES = {  # layouts that differ in names alone: {a field that only it has: {ours: theirs}}
-    "resp_1_w": {  # SymMPO's published Parquet files
-        "image": "image_1",
-        "contrast_image": "image_2",
-        "prompt": "question",
-        "chosen": "resp_1_w",
-        "rejected": "resp_1_l",
-        "contrast_chosen": "resp_2_w",
-    },
-    "original_generate_response": {  # OPA-DPO
-        "image": "image_bytes",
-        "prompt": "queries",
-        "chosen": "standard_response",
-        "rejected": "original_generate_response",
-    },
-    "img_path": {"image": "img_path"},  # mDPO
-}
-LAYOUTS = {  # the fields of published layouts that are not fields of the form
-    *"images question text messages rejected_response rejected_messages rejected_images".split(),
-    *("conversations", "rejected_conversations", "completions"),
-}
+# other_names: layouts that differ in names alone, {a field that only it has: {ours: theirs}}, of
+# SymMPO's published Parquet files, OPA-DPO and mDPO. more_fields: of the layouts in `normalise`.
+# notes: what is known to be written about a record, not trained on and not worth a remark.
+# frames: of one question in a chat template, what stands before it and behind it.
+KNOWN = json.loads(Path(__file__).with_name("layouts.json").read_text(encoding="utf-8"))
+OTHER_NAMES, NOTES, FRAMES = KNOWN["other_names"], KNOWN["notes"], KNOWN["frames"]
+LAYOUTS = set(KNOWN["more_fields"])  # the fields of published layouts that are not of the form
 for names in OTHER_NAMES.values():
     LAYOUTS.update(names.values())
-NOTES = """
-id idx image_path origin_dataset origin_split ds_name kind task contrast_kind contrast_seed
-similarity prompts_version models captions samples consistent inconsistent changes
-""".split()  # what is known to be written about a record: not trained on, and not worth a remark
 ONE_QUESTION = "put what the model should see into one question"
 ROLES = {"human": "user", "gpt": "assistant"}  # of LLaVA's conversations
 TAG = "<image>"
 
-VICUNA = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
-    "helpful, detailed, and polite answers to the user's questions. "
-)
-QWEN = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-FRAMES = (  # of one question in a chat template: what stands before it, and behind it
-    ((f"{VICUNA}USER: ", "USER: "), "ASSISTANT:"),
-    ((f"{QWEN}<|im_start|>user\n", "<|im_start|>user\n"), "<|im_end|>\n<|im_start|>assistant"),
-    (("<s>[INST]", "[INST]"), "[/INST]"),
-    (
-        ("<bos><start_of_turn>user\n", "<start_of_turn>user\n"),
-        "<end_of_turn>\n<start_of_turn>model",
-    ),
-    (("Human: ",), "Assistant:"),
-)
 # What only a chat template has. A text with one of these is not a plain question or answer.
 MARKERS = re.compile(
     r"<\|im_start\|>|<\|im_end\|>|\[/?INST\]|<start_of_turn>|<\|start_header_id\|>|<\|user\|>"
@@ -70,7 +38,6 @@ OTHER_TAGS = re.compile(
     r"<\|vision_start\|>(<\|image_pad\|>)+<\|vision_end\|>|<\|image(_1)?\|>|<start_of_image>"
     r"|<image_placeholder>|<image_1>"
 )
-END_TOKENS = ("</s>", "<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|endoftext|>")
 
 
 def normalise(raw, needed=("image", "prompt", "chosen")):
@@ -224,7 +191,7 @@ def plain_question(value, stripped):
 def plain_answer(name, value):
     """The answer alone: its end token is the tokenizer's business."""
     text = text_of(name, one_turn(name, value, "assistant"))
-    for token in END_TOKENS:
+    for token in KNOWN["end_tokens"]:
         if text.endswith(token):
             text = text.removesuffix(token)
             break

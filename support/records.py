@@ -4,6 +4,7 @@ Every kind gives its records by number, in one order, and keeps little of them i
 not read is named for what it is, with the way on.
 """
 
+import copy
 import csv
 import glob
 import hashlib
@@ -28,7 +29,7 @@ NOT_READ = {  # how a file begins: what it is, and the way on
     b"PK": "a zip archive: unpack it with `unzip`",
     (b"\xff\xfe", b"\xfe\xff"): "UTF-16 text: convert it with `iconv -f UTF-16 -t UTF-8`",
 }
-CHUNK = 2**20  # bytes read at a time
+NOT_UTF8 = "the file is not UTF-8: convert it, perhaps with `iconv -f LATIN1 -t UTF-8`"
 
 # --- one file ------------------------------------------------------------------------------------
 
@@ -66,40 +67,20 @@ class JsonLines(Numbered):
 
 
 class JsonList(Numbered):
-    """The elements of one JSON list by number. Memory: 16 bytes each, and a chunk while opening."""
+    """The elements of one JSON list. Memory: all of them; JSONL needs less."""
 
     KIND, PLACE = "JSON", "record"
 
     def __init__(self, path):
-        self.path, self.starts, self.ends = path, array("q"), array("q")
-        decoder = json.JSONDecoder()
-        # Read as Latin-1, where each byte is one character: places in the text are places in the
-        # file, and JSON's own characters are the same.
-        with open(path, encoding="latin-1", newline="") as file:
-            text, base = file.read(CHUNK), 0
-            at = text.index("[") + 1
-            while True:
-                while text[at : at + 1] and text[at] in " \t\r\n,":
-                    at += 1
-                if text[at : at + 1] == "]":
-                    return
-                try:
-                    _, end = decoder.raw_decode(text, at)
-                except ValueError as error:  # broken, or cut off at the end of the chunk
-                    more = file.read(max(CHUNK, len(text)))
-                    if not more:
-                        place = f"record {len(self) + 1}, byte {base + at}"
-                        raise UserError(f"{path}: {place}: not valid JSON: {error.msg}") from error
-                    text, base, at = text[at:] + more, base + at, 0
-                    continue
-                self.starts.append(base + at)
-                self.ends.append(base + end)
-                at = end
+        self.path = path
+        text = Path(path).read_text(encoding="utf-8-sig")
+        try:
+            self.starts = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from error
 
     def read(self, i):
-        with open(self.path, "rb") as file:
-            file.seek(self.starts[i])
-            return json.loads(file.read(self.ends[i] - self.starts[i]))
+        return copy.copy(self.starts[i])
 
 
 class Parquet(Numbered):
@@ -272,6 +253,8 @@ class Records:
                 self.files.append(open_file(file))
             except UserError:
                 raise
+            except UnicodeDecodeError as error:
+                raise UserError(f"{file}: {NOT_UTF8}") from error
             except Exception as error:  # pyarrow has many kinds
                 raise UserError(f"{file}: {error}") from error
             self.roots.append(Path(image_root or (file if file.is_dir() else file.parent)))
@@ -301,8 +284,7 @@ class Records:
         try:
             raw = file.read(k)
         except UnicodeDecodeError as error:
-            way = "convert it, perhaps with `iconv -f LATIN1 -t UTF-8`"
-            raise UserError(f"{source}: the file is not UTF-8: {way}") from error
+            raise UserError(f"{source}: {NOT_UTF8}") from error
         except Exception as error:  # JSON, recursion, pyarrow
             if isinstance(error, OSError) and error.errno:
                 raise Unreadable(f"{source}: {error}") from error

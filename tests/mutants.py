@@ -121,8 +121,8 @@ MUTANTS = [
     Mutant(
         "a fingerprint is of all bytes",
         "vlm/load.py",
-        'digest.update(f"{file.name} {known[key]}".encode())',
-        'digest.update(f"{file.name} {about.st_size}".encode())',
+        'digest.update(f"{file.name} {own}".encode())',
+        'digest.update(f"{file.name} {file.stat().st_size}".encode())',
         "tests/faults/test_same_run.py -k fingerprint",
     ),
     Mutant(

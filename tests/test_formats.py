@@ -17,9 +17,10 @@ import data
 from conftest import save_llava15
 from construct import contrast, review
 from support.cli import UserError
-from support.formats import VICUNA, normalise
+from support.formats import normalise
 from support.images import open_image
 from support.records import Records
+from vlm.prompts import VICUNA
 
 PLAIN = {"image": "0.png", "prompt": "Is there a cup?", "chosen": "No.", "rejected": "Yes."}
 TEXTS = {name: PLAIN[name] for name in ("prompt", "chosen", "rejected")}
@@ -124,7 +125,7 @@ LAYOUTS = {
     },
     "mDPO": {
         "img_path": "0.png",
-        "prompt": f"{VICUNA}USER: <image>\n{TEXTS['prompt']} ASSISTANT:",
+        "prompt": f"{VICUNA} USER: <image>\n{TEXTS['prompt']} ASSISTANT:",
         "chosen": "No.",
         "rejected": "Yes.",
     },
@@ -208,7 +209,7 @@ def test_what_does_not_fit_is_refused_with_its_reason(kind):
         "<image>Is there a cup?",
         "Is there a cup?<image>",
         " <image>\n Is there a cup?",
-        f"{VICUNA}USER: Is there a cup? ASSISTANT:",
+        f"{VICUNA} USER: Is there a cup? ASSISTANT:",
         "USER: <image>\nIs there a cup? ASSISTANT:",
         "<|im_start|>user\n<image>\nIs there a cup?<|im_end|>\n<|im_start|>assistant\n",
         "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>Is there a cup?<|im_end|>\n"
@@ -243,7 +244,7 @@ def test_a_list_that_is_longer_than_what_is_read_at_a_time(folder, monkeypatch):
     (folder / "list.json").write_text(json.dumps([PLAIN, PLAIN, PLAIN]))
     assert texts(Records(folder / "list.json")) == [TEXTS] * 3
     (folder / "list.json").write_text(json.dumps([PLAIN, PLAIN])[:-20])
-    with pytest.raises(UserError, match="record 2, byte .* not valid JSON"):
+    with pytest.raises(UserError, match=r"json:\d+: not valid JSON"):
         Records(folder / "list.json")
 
 

@@ -8,11 +8,11 @@ import re
 
 import pytest
 import torch
+from notebooks.table import markdown
 
 import symmpo
 import train
 from conftest import ROOT
-from notebooks.table import markdown
 
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

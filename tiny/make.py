@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.answers import measure
 from support.cli import new_parser
+from support.files import write_json, write_lines
 from tiny.model import (
     new_model,
     new_processor,
@@ -27,8 +28,6 @@ from tiny.sets import (
     write,
     write_amber,
     write_hallusionbench,
-    write_json,
-    write_lines,
     write_mmstar,
     write_objhal,
 )

@@ -1,8 +1,8 @@
 """Test sets of the tiny world in the benchmarks' own formats, from known truth."""
 
 import base64
-import json
 
+from support.files import write_json, write_lines
 from tiny.model import DESCRIBE
 from tiny.world import (
     CHOICES,
@@ -32,15 +32,6 @@ AMBER_TYPES = {
 def write(path, value):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(value)
-
-
-def write_json(path, value):
-    write(path, (json.dumps(value, indent=1) + "\n").encode())
-
-
-def write_lines(path, values):
-    lines = [json.dumps(value) + "\n" for value in values]
-    write(path, "".join(lines).encode())
 
 
 def write_amber(folder, scenes, rng):

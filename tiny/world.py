@@ -11,33 +11,18 @@ import json
 import random
 from pathlib import Path
 
-PAIRS = {
-    "fork": "knife",
-    "table": "chair",
-    "boat": "bird",
-    "book": "clock",
-    "cup": "cake",
-    "car": "bus",
-}
-# How often biased labels name the absent partner of an anchor that is there.
-BIAS = {"fork": 0.85, "table": 0.65, "boat": 0.5, "book": 0.4, "cup": 0.3, "car": 0.2}
+# pairs: each anchor's partner. bias: how often biased labels name the absent partner of an anchor
+# that is there. ink: RGB. glyphs: each object as PIL.ImageDraw shapes on a 16 x 16 cell; "hole"
+# paints in the background colour.
+WORLD = json.loads(Path(__file__).with_name("world.json").read_text())
+PAIRS, BIAS, INK = WORLD["pairs"], WORLD["bias"], WORLD["ink"]
+GLYPHS, NUMBERS = WORLD["glyphs"], WORLD["numbers"]
 ANCHOR_OF = {partner: anchor for anchor, partner in PAIRS.items()}
 NOUNS = sorted([*PAIRS, *PAIRS.values()])
-INK = {
-    "black": (45, 45, 50),
-    "blue": (40, 90, 210),
-    "green": (46, 160, 67),
-    "red": (214, 48, 49),
-    "yellow": (240, 190, 20),
-}
 COLORS = list(INK)
-NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 KINDS = ["exists", "state", "number"]  # of yes/no questions
 CHOICES = ["objects", "numbers", "colors"]  # of multiple-choice questions
 CELL, SIDE = 16, 48
-
-# Each object as PIL.ImageDraw shapes on a 16 x 16 cell; "hole" paints in the background colour.
-GLYPHS = json.loads(Path(__file__).with_name("glyphs.json").read_text())
 
 
 # --- scenes ------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
-import os
 import re
 import warnings
 from pathlib import Path
@@ -15,7 +14,6 @@ from pathlib import Path
 import torch
 
 from support.cli import UserError, at_most
-from support.files import write_json
 from vlm.logprobs import decoder
 
 OLDEST = {"torch": (2, 11), "transformers": (5, 17), "peft": (0, 21)}  # that the tests pass with
@@ -190,27 +188,17 @@ def mixed_precision(policy, mixed, grad_checkpointing=False):
 
 
 def fingerprint(path):
-    """A hash of the weights of a model or an adapter: of all bytes of their files. Reading them
-    takes a while, so it is remembered by path, size and time."""
+    """A hash of the weights of a model or an adapter: of all bytes of their files, a second for
+    each gigabyte."""
     from huggingface_hub import snapshot_download
 
-    folder = Path(path)
+    folder, digest = Path(path), hashlib.blake2b(digest_size=16)
     if not folder.is_dir():
         folder = Path(snapshot_download(str(path), local_files_only=True))
-    home, known, digest = os.path.expanduser("~"), {}, hashlib.blake2b(digest_size=16)
-    memory = Path(home, ".cache/symmpo/hashes.json")
-    with contextlib.suppress(OSError, ValueError):
-        known = json.loads(memory.read_text())
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        about = file.stat()
-        key = f"{file.resolve()} {about.st_size} {about.st_mtime_ns}"
-        if key not in known:
-            with open(file, "rb") as opened:
-                known[key] = hashlib.file_digest(opened, "blake2b").hexdigest()
-            with contextlib.suppress(OSError):  # without it we read them again, that is all
-                if home != "~":  # which there is, unless this user has none
-                    write_json(memory, known)
-        digest.update(f"{file.name} {known[key]}".encode())
+        with open(file, "rb") as opened:
+            own = hashlib.file_digest(opened, "blake2b").hexdigest()
+        digest.update(f"{file.name} {own}".encode())
     return digest.hexdigest()
 
 

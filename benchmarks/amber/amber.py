@@ -17,7 +17,6 @@ from collections import Counter, defaultdict
 
 from benchmarks.common import (
     find,
-    image_of,
     need_fields,
     question_about,
     read,
@@ -36,35 +35,19 @@ COLUMNS = {  # of the report: heading -> where it stands in the metrics
     "Hal↓": ("generative", "Hal"),
     "Cog↓": ("generative", "Cog"),
 }
-ATTRIBUTES = ("attribute", "state", "number", "action")
-PARTS = {  # dimension on the command line -> the parts of AMBER that it measures
-    "g": ("generative",),
-    "de": ("existence",),
-    "da": ATTRIBUTES,
-    "dr": ("relation",),
-    "d": ("discriminative", "existence", *ATTRIBUTES, "relation"),
-    "a": ("generative", "discriminative", "existence", *ATTRIBUTES, "relation"),
-}
-PARTS_OF_TYPE = {  # type of a question -> the parts in which its answer counts
-    "generative": ("generative",),
-    "discriminative-hallucination": ("discriminative", "existence"),
-    "discriminative-attribute-state": ("discriminative", "attribute", "state"),
-    "discriminative-attribute-number": ("discriminative", "attribute", "number"),
-    "discriminative-attribute-action": ("discriminative", "attribute", "action"),
-    "discriminative-relation": ("discriminative", "relation"),
-    "relation": ("discriminative", "relation"),
-}
+# of_dimension: the parts of AMBER that a dimension on the command line measures. of_type: those in
+# which an answer to a question of a type counts.
+PARTS = read(word_list("amber", "parts.json"))
 
 
 def questions(folder, settings):
     notes = read(find(folder, "annotations.json"))
-    wanted = set(PARTS[settings.dimension])
+    wanted = set(PARTS["of_dimension"][settings.dimension])
     asked = []
     for row in read(find(folder, "query/query_all.json")):
-        if wanted.isdisjoint(PARTS_OF_TYPE[notes[row["id"] - 1]["type"]]):
+        if wanted.isdisjoint(PARTS["of_type"][notes[row["id"] - 1]["type"]]):
             continue
-        image = image_of(folder, "image", row["image"], settings)
-        asked.append(question_about(image, row, row["query"], folder))
+        asked.append(question_about(row, row["query"], row["image"], folder, "image", settings))
     return asked
 
 
@@ -81,10 +64,10 @@ def score(answers, folder, settings):
             captions.add(text, note)
             continue
         said = yes_or_no(text) if settings.protocol == "symmpo" else text
-        for part in PARTS_OF_TYPE[note["type"]]:
+        for part in PARTS["of_type"][note["type"]]:
             yes_no[part].add(said, note["truth"].title())
     metrics = {}
-    for part in PARTS[settings.dimension]:
+    for part in PARTS["of_dimension"][settings.dimension]:
         if part == "generative":
             metrics[part] = captions.metrics()
         else:

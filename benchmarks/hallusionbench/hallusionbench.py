@@ -16,7 +16,7 @@ import re
 from collections import defaultdict
 from typing import NamedTuple
 
-from benchmarks.common import Question, find, image_of, need_fields, percent, question_about, read
+from benchmarks.common import Question, find, need_fields, percent, question_about, read
 from support.cli import UserError
 
 ITEMS, ANSWER, JUDGE = 1129, "model_prediction", "optional"
@@ -44,8 +44,8 @@ def questions(folder, settings):
         if row["visual_input"] == "0":
             asked.append(Question(row["question"], None, row))
         else:
-            image = image_of(folder, "hallusion_bench", row.get("filename"), settings)
-            asked.append(question_about(image, row, row["question"], folder))
+            about = row["question"], row.get("filename")
+            asked.append(question_about(row, *about, folder, "hallusion_bench", settings))
     return asked
 
 

@@ -14,7 +14,7 @@ clear rating counts as 0, as officially; protocol "symmpo" also takes a rating o
 
 import re
 
-from benchmarks.common import find, image_of, percent, question_about, read
+from benchmarks.common import find, percent, question_about, read
 from support.cli import UserError
 
 ITEMS, ANSWER, JUDGE = 96, "model_answer", "needed"
@@ -27,8 +27,7 @@ def questions(folder, settings):
     asked = []
     for row in read(find(folder, *FILES, *OTHER_NAMES)):
         given = row.get("image") or row.get("image_src")
-        image = image_of(folder, "images", given, settings)
-        asked.append(question_about(image, row, row["question"], folder))
+        asked.append(question_about(row, row["question"], given, folder, "images", settings))
     return asked
 
 

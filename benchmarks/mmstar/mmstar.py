@@ -16,7 +16,6 @@ from pathlib import Path
 
 from benchmarks.common import (
     find,
-    image_of,
     need_fields,
     percent,
     question_about,
@@ -39,8 +38,7 @@ def questions(folder, settings):
     asked = []
     for row in read(find(folder, *FILES, *OTHER_NAMES)):
         prompt = row["question"] + SUFFIX[settings.protocol]
-        image = image_of(folder, "images", row.get("image"), settings)
-        asked.append(question_about(image, row, prompt, folder))
+        asked.append(question_about(row, prompt, row.get("image"), folder, "images", settings))
     return asked
 
 

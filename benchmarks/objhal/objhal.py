@@ -20,7 +20,6 @@ from pathlib import Path
 
 from benchmarks.common import (
     find,
-    image_of,
     need_fields,
     percent,
     question_about,
@@ -45,8 +44,8 @@ COLUMNS = {"Resp.↓": ("response_hallucination",), "Ment.↓": ("mention_halluc
 def questions(folder, settings):
     asked = []
     for row in read(find(folder, QUESTIONS)):
-        image = image_of(folder, "images", row.get("image"), settings)
-        asked.append(question_about(image, row, row["question"], folder))
+        about = row["question"], row.get("image")
+        asked.append(question_about(row, *about, folder, "images", settings))
     return asked
 
 
