@@ -278,22 +278,23 @@ def test_reference_is_computed_once(fit, monkeypatch):
     counts = []
     real = train.policy_table
 
-    def counting(run, rows, records):
+    def counting(run, rows, records, packed=True):
         counts.append(torch.is_grad_enabled())
-        return real(run, rows, records)
+        return real(run, rows, records, packed)
 
     monkeypatch.setattr(train, "policy_table", counting)
     fit("--steps", 6)
     epochs = 2  # at the start of each, one record's reference is computed again and compared
-    assert counts.count(True) == 1 + 24 and counts.count(False) == 12 + epochs - 1
+    both_ways = 2  # at the start: with a shared prefix, and without
+    assert counts.count(True) == 1 + 24 and counts.count(False) == 12 + epochs - 1 + both_ways
     counts.clear()
     fit(
         "--steps", 6
     )  # another run, the same cache: one record an epoch is computed anew to check it
-    assert counts.count(False) == epochs
+    assert counts.count(False) == epochs + both_ways
     counts.clear()
     fit("--steps", 3, "--objective", "sft")  # reads no reference
-    assert counts == [True] * 12
+    assert counts == [False] * both_ways + [True] * 12
 
 
 def test_processes_may_open_the_cache_at_once(tmp_path):
@@ -324,7 +325,7 @@ def test_a_wrong_cache_is_refused(fit, tmp_path, capsys):
     cache.close()
     with pytest.raises(SystemExit):
         fit()
-    assert "reference cache" in capsys.readouterr().err
+    assert "the reference and its cache (delete" in capsys.readouterr().err
 
 
 def test_step_0_catches_dropout(llava, fit, capsys, monkeypatch):

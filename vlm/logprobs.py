@@ -19,7 +19,7 @@ image tokens, for LLaVA). `packed_logps` runs the prefix once and puts all respo
         y_l           #            \\
         y'_w          #                  \\
 
-Exact for models with plain causal attention and one position per token (see PACKABLE).
+Exact for models with plain causal attention and one position per token (see exact.py).
 """
 
 import math
@@ -30,18 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from support.cli import UserError
 
-PACKABLE = ("llava", "llava_next", "llava_onevision", "idefics3", "smolvlm", "internvl")
 CHUNK = 128  # positions whose logits exist at the same time
-
-
-def need_packable(model):
-    """Refuse a model for which sharing the prefix is not exact."""
-    kind = base_model(model).config.model_type
-    if kind not in PACKABLE:
-        raise UserError(
-            f"{model.name_or_path}: sharing the prefix is not exact for {kind} models; add "
-            "--no-share-prefix"
-        )
 
 
 @dataclass

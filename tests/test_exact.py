@@ -1,0 +1,90 @@
+"""What is refused before a run: decoders whose prefix cannot be shared, tables that differ."""
+
+import copy
+
+import pytest
+import torch
+import transformers as tf
+
+from families import TEXT, VISION, tiny_rows
+from support.cli import UserError
+from vlm.exact import need_packable, need_same
+from vlm.logprobs import Row, logp_table
+
+LONG = 64  # tokens; the windows below are 4
+DECODERS = {  # a llava over each: (configuration of the decoder, a word of the reason or None)
+    "llama": (tf.LlamaConfig, {}, None),
+    "mistral": (tf.MistralConfig, {"sliding_window": 4}, "last 4 tokens"),
+    "mistral with a wide window": (tf.MistralConfig, {"sliding_window": LONG}, None),
+    "qwen2": (tf.Qwen2Config, {}, None),
+    "qwen2 sliding": (
+        tf.Qwen2Config,
+        {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0},
+        "last 4 tokens",
+    ),
+    "phi3": (tf.Phi3Config, {"sliding_window": 4}, "last 4 tokens"),
+    "gemma3": (tf.Gemma3TextConfig, {"sliding_window": 4, "head_dim": 8}, "last 4 tokens"),
+    "cohere2": (tf.Cohere2Config, {"sliding_window": 4, "head_dim": 8}, "last 4 tokens"),
+    "granite": (tf.GraniteConfig, {"logits_scaling": 8.0}, None),
+    "qwen3_next": (
+        tf.Qwen3NextConfig,
+        {"layer_types": ["linear_attention", "full_attention"], "head_dim": 8},
+        "layers of linear_attention",
+    ),
+}
+
+
+def llava_over(kind, **changes):
+    config = tf.LlavaConfig(
+        vision_config=tf.CLIPVisionConfig(**VISION),
+        text_config=kind(**{**TEXT, **changes}),
+        image_token_id=63,
+    )
+    torch.manual_seed(0)
+    return tf.AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa").eval()
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_the_decoder_decides_whether_a_prefix_is_shared(name):
+    """Those that are let through are exact, those that are refused are off by far more."""
+    kind, changes, reason = DECODERS[name]
+    model = llava_over(kind, **changes)
+    rows = tiny_rows(model, lambda: {"pixel_values": torch.randn(1, 3, 28, 28)})
+    with torch.no_grad():
+        packed = logp_table(model, copy.deepcopy(rows), 1)
+        plain = logp_table(model, rows, 1, packed=False)
+    if reason is None:
+        need_packable(model, LONG)
+        assert need_same(packed, plain, rows, "float32", "both ways") < 1e-4
+    else:
+        with pytest.raises(UserError, match=f"{reason}.*--no-share-prefix"):
+            need_packable(model, LONG)
+        with pytest.raises(UserError, match="both ways differ by"):  # the second net
+            need_same(packed, plain, rows, "float32", "both ways")
+
+
+@pytest.mark.parametrize("tokens", [100, 500])
+def test_bf16_noise_passes_and_another_model_does_not(tokens):
+    """Under bf16 autocast, in another composition of the batch, sums move by parts of a nat."""
+    model = llava_over(tf.LlamaConfig, max_position_embeddings=2048)
+    image = torch.randn(1, 3, 28, 28)
+    rows = tiny_rows(model, lambda: {"pixel_values": image}, ((tokens, 7, 5), (9, tokens)))
+    other = llava_over(tf.LlamaConfig, max_position_embeddings=2048)
+    for p in other.parameters():
+        p.data += 0.02 * torch.randn_like(p)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        alone = logp_table(model, copy.deepcopy(rows), 1)
+        together = logp_table(model, copy.deepcopy(rows), 1, tokens_per_forward=10_000)
+        wrong = logp_table(other, copy.deepcopy(rows), 1)
+    off = need_same(alone, together, rows, "bfloat16", "both")
+    assert 0 < off < 0.2 * tokens**0.5
+    with pytest.raises(UserError, match="differ by"):
+        need_same(alone, wrong, rows, "bfloat16", "both")
+
+
+def test_nan_is_never_the_same():
+    row = Row({}, [torch.tensor([5, 2])], [(0, 0)], source="prefs.jsonl:7")
+    table = torch.zeros(3, 3, 1)
+    assert need_same(table, table + 1e-4, [row], "float32", "both") == pytest.approx(1e-4)
+    with pytest.raises(UserError, match="prefs.jsonl:7: both differ by nan nats"):
+        need_same(table, torch.full_like(table, torch.nan), [row], "float32", "both")
