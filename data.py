@@ -407,7 +407,7 @@ def check(args):
         from vlm.prompts import Prompts, prompt_format
 
         config, processor = load_processor(args.model)
-        prompts = Prompts(processor, prompt_format(config, args.prompt_format))
+        prompts = Prompts(processor, prompt_format(config, processor, args.prompt_format))
     elif args.show is not None:
         raise UserError("--show needs --model: a record is shown as that model sees it")
     survey = Survey(prompts, args)

@@ -49,7 +49,7 @@ def generate(args):
     if args.temperature > 0:
         made["batch_size"] = args.batch_size  # a batch is sampled together
     base, processor = load_model(args.model)
-    prompts = Prompts(processor, prompt_format(base.config, args.prompt_format))
+    prompts = Prompts(processor, prompt_format(base.config, processor, args.prompt_format))
     base_hash = fingerprint(args.model)
     files = []
     rows = args.adapter if len(args.adapter) == 1 else [None, *args.adapter]

@@ -173,7 +173,8 @@ def prepare(options):
         torch.set_num_threads(1)  # matrices too small to be shared between threads
     if not options.no_share_prefix:
         need_packable(model, options.max_length)
-    examples.prompts = Prompts(processor, prompt_format(model.config, options.prompt_format))
+    form = prompt_format(model.config, processor, options.prompt_format)
+    examples.prompts = Prompts(processor, form)
 
     left_out = {}
     held, samples = held_out(options.eval_data, examples.prompts, options, left_out)

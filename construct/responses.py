@@ -235,7 +235,7 @@ def answer_locally(requests, log, path, temperature, max_tokens, batch=8):
     """The same from a transformers model. A batch is seeded by its requests, and sampled again
     whole if a killed run left it incomplete: the same texts."""
     model, processor = load_model(path)
-    prompts = Prompts(processor, prompt_format(model.config))
+    prompts = Prompts(processor, prompt_format(model.config, processor))
     weights, ids = fingerprint(path), list(requests)
     with ReplyLog(log) as kept:
         for i in tqdm(range(0, len(ids), batch), desc=Path(log).stem, unit=" batches"):

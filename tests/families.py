@@ -29,8 +29,10 @@ VISION = dict(
     initializer_range=0.2,
 )
 IMAGE = 63  # the image token in every one of these models
-PACKED = ["llava", "llava_next", "llava_onevision", "idefics3", "smolvlm", "internvl"]
-PLAIN = ["qwen2_vl", "qwen2_5_vl", "gemma3"]
+PACKED = ["llava", "llava_next", "llava_onevision", "idefics2", "idefics3", "smolvlm", "internvl"]
+PACKED += ["mistral3", "ovis2"]
+PLAIN = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v", "gemma3", "gemma4", "lfm2_vl"]
+PLAIN += ["aya_vision"]
 
 
 def tiny_model(family, seed=0):
@@ -158,6 +160,133 @@ def _gemma3():
     return config, lambda: {"pixel_values": torch.randn(1, 3, 28, 28)}
 
 
+def _newer_qwen(kind, **text):
+    vision = dict(
+        depth=2,
+        hidden_size=32,
+        num_heads=4,
+        patch_size=14,
+        spatial_merge_size=2,
+        temporal_patch_size=2,
+        intermediate_size=48,
+        out_hidden_size=32,
+    )
+    if kind == "Glm4v":
+        vision["image_size"] = 56
+        ids = dict(image_start_token_id=61, image_end_token_id=60)
+    else:
+        vision |= dict(num_position_embeddings=16)
+        ids = dict(vision_start_token_id=61, vision_end_token_id=60)
+    if kind == "Qwen3VL":
+        vision["deepstack_visual_indexes"] = [1]
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    if kind == "Glm4v":
+        rope["partial_rotary_factor"] = 1.0
+    config = getattr(tf, kind + "Config")(
+        vision_config=vision,
+        text_config={**TEXT, "head_dim": 8, "rope_parameters": rope, **text},
+        image_token_id=IMAGE,
+        video_token_id=62,
+        **ids,
+    )
+    return config, lambda: {
+        "pixel_values": torch.randn(16, 3 * 2 * 14 * 14),
+        "image_grid_thw": torch.tensor([[1, 4, 4]]),
+    }
+
+
+def _qwen3_5():
+    heads = dict(linear_num_value_heads=4, linear_num_key_heads=2)
+    heads |= dict(linear_key_head_dim=8, linear_value_head_dim=8)
+    return _newer_qwen("Qwen3_5", layer_types=["linear_attention", "full_attention"], **heads)
+
+
+def _mistral3():
+    config = tf.Mistral3Config(
+        vision_config={**VISION, "model_type": "pixtral", "image_size": 56, "head_dim": 6},
+        text_config={**TEXT, "model_type": "mistral", "head_dim": 8},
+        image_token_index=IMAGE,
+    )
+    return config, lambda: {
+        "pixel_values": torch.randn(1, 3, 56, 56),
+        "image_sizes": torch.tensor([[56, 56]]),
+    }
+
+
+def _idefics2():
+    perceiver = dict(resampler_n_latents=4, resampler_depth=1, resampler_n_heads=4)
+    perceiver |= dict(resampler_head_dim=8, num_key_value_heads=2, hidden_size=32)
+    config = tf.Idefics2Config(
+        vision_config=VISION,
+        perceiver_config=perceiver,
+        text_config={**TEXT, "model_type": "mistral"},
+        image_token_id=IMAGE,
+    )
+    return config, lambda: {
+        "pixel_values": torch.randn(1, 1, 3, 28, 28),
+        "pixel_attention_mask": torch.ones(1, 1, 28, 28, dtype=torch.bool),
+    }
+
+
+def _aya_vision():
+    text = {**TEXT, "model_type": "cohere2", "head_dim": 8, "sliding_window": 8}
+    config = tf.AyaVisionConfig(
+        vision_config={**VISION, "model_type": "siglip_vision_model"},
+        text_config={**text, "tie_word_embeddings": True},
+        image_token_index=IMAGE,
+    )
+    return config, lambda: {"pixel_values": torch.randn(1, 3, 28, 28)}
+
+
+def _ovis2():
+    vision = {**VISION, "image_size": 56, "vocab_size": 40, "hidden_stride": 2}
+    config = tf.Ovis2Config(
+        vision_config={**vision, "num_visual_indicator_tokens": 5},
+        text_config={**TEXT, "model_type": "qwen2"},
+        image_token_id=IMAGE,
+        visual_indicator_token_ids=[55, 56, 57, 58, 59],
+        vocab_size=64,
+        hidden_size=32,
+    )
+    return config, lambda: {"pixel_values": torch.randn(1, 3, 56, 56)}
+
+
+def _lfm2_vl():
+    vision = {name: VISION[name] for name in VISION if name != "image_size"}
+    config = tf.Lfm2VlConfig(
+        vision_config={**vision, "model_type": "siglip2_vision_model", "num_patches": 16},
+        text_config={**TEXT, "model_type": "lfm2", "layer_types": ["conv", "full_attention"]},
+        image_token_id=IMAGE,
+        projector_hidden_size=32,
+    )
+    return config, lambda: {
+        "pixel_values": torch.randn(1, 16, 3 * 14 * 14),
+        "pixel_attention_mask": torch.ones(1, 16, dtype=torch.int32),
+        "spatial_shapes": torch.tensor([[4, 4]]),
+    }
+
+
+def _gemma4():
+    vision = {**VISION, "num_key_value_heads": 4, "head_dim": 8, "patch_size": 4}
+    vision |= dict(pooling_kernel_size=2, default_output_length=4, position_embedding_size=64)
+    text = {**TEXT, "head_dim": 8, "global_head_dim": 8, "sliding_window": 8}
+    text |= {"layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0}
+    config = tf.Gemma4Config(
+        vision_config=vision,
+        text_config={**text, "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 64},
+        image_token_id=IMAGE,
+        boi_token_id=61,
+        eoi_token_id=60,
+        video_token_id=62,
+        audio_token_id=58,
+    )
+    places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).flip(1)[None]
+    return config, lambda: {
+        "pixel_values": torch.rand(1, 16, 3 * 4 * 4),
+        "image_position_ids": places,
+    }
+
+
 _CONFIGS = {
     "llava": _llava,
     "llava_next": _llava_next,
@@ -167,7 +296,16 @@ _CONFIGS = {
     "internvl": _internvl,
     "qwen2_vl": lambda: _qwen("Qwen2VL"),
     "qwen2_5_vl": lambda: _qwen("Qwen2_5_VL"),
+    "qwen3_vl": lambda: _newer_qwen("Qwen3VL"),
+    "qwen3_5": _qwen3_5,
+    "glm4v": lambda: _newer_qwen("Glm4v"),
     "gemma3": _gemma3,
+    "gemma4": _gemma4,
+    "mistral3": _mistral3,
+    "idefics2": _idefics2,
+    "aya_vision": _aya_vision,
+    "ovis2": _ovis2,
+    "lfm2_vl": _lfm2_vl,
 }
 
 
@@ -188,7 +326,7 @@ def tiny_rows(model, image, lengths=((5, 9, 3), (7, 4)), records=1, seed=0):
             kind = model.config.model_type
             if kind == "gemma3":
                 inputs["token_type_ids"] = (ids == IMAGE).long()
-            if kind.startswith("qwen"):
+            if kind.startswith(("qwen", "glm4v")):
                 inputs["mm_token_type_ids"] = (ids == IMAGE).long()
             responses = [
                 torch.cat(

@@ -217,7 +217,10 @@ def test_chat_templates(llava, template, separator, end):
 def test_real_llava15_layout(llava15, prefs):
     """336 px, patch 14: 576 image tokens, and features that fit them; a changed image matters."""
     model, processor = load_model(llava15)
-    assert prompt_format(model.config) == "vicuna"
+    assert prompt_format(model.config, processor) == "vicuna"
+    processor.chat_template = "{{ '<|start_header_id|>user<|end_header_id|>' }}"
+    assert prompt_format(model.config, processor) == "chat"  # a llava over Llama 3
+    assert prompt_format(model.config, processor, "vicuna") == "vicuna"
     record, prompts = Records(prefs)[0], Prompts(processor, "vicuna")
     rows = build_rows(record, prompts, SYMMPO)
     image_token = model.config.image_token_id

@@ -1,6 +1,7 @@
 """What is refused before a run: decoders whose prefix cannot be shared, tables that differ."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import transformers as tf
 from families import TEXT, VISION, tiny_rows
 from support.cli import UserError
 from vlm.exact import need_packable, need_same
+from vlm.load import add_lora, load_processor
 from vlm.logprobs import Row, logp_table
 
 LONG = 64  # tokens; the windows below are 4
@@ -88,3 +90,58 @@ def test_nan_is_never_the_same():
     assert need_same(table, table + 1e-4, [row], "float32", "both") == pytest.approx(1e-4)
     with pytest.raises(UserError, match="prefs.jsonl:7: both differ by nan nats"):
         need_same(table, torch.full_like(table, torch.nan), [row], "float32", "both")
+
+
+@pytest.mark.parametrize(
+    "config, reason",
+    [
+        (
+            {"model_type": "mllama"},
+            "mllama is not supported: its images are read by",
+        ),
+        ({"model_type": "paligemma"}, "paligemma is not supported: its prompt is read in both"),
+        (
+            {"model_type": "bunny", "auto_map": {"AutoConfig": "code.BunnyConfig"}},
+            "it brings its own code; use the checkpoint for transformers",
+        ),
+    ],
+)
+def test_families_that_cannot_be_trained_are_refused_before_weights_are_read(
+    tmp_path, config, reason
+):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "code.py").write_text("class BunnyConfig: pass\n")
+    with pytest.raises(UserError, match=reason):
+        load_processor(tmp_path)
+
+
+def test_experts_are_adapted():
+    """Their matrices are one parameter each, and most of the decoder."""
+    text = {**TEXT, "model_type": "qwen3_moe", "num_experts": 8, "moe_intermediate_size": 32}
+    config = tf.InternVLConfig(
+        vision_config={**VISION, "image_size": [28, 28], "patch_size": [14, 14]},
+        text_config={**text, "num_experts_per_tok": 2},
+        image_token_id=63,
+        image_seq_length=1,
+    )
+    model = tf.AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa").eval()
+    image = torch.randn(1, 3, 28, 28)
+    rows = tiny_rows(model, lambda: {"pixel_values": image})
+    with torch.no_grad():
+        reference = logp_table(model, copy.deepcopy(rows), 1)
+    with pytest.raises(UserError, match="--lora-dropout 0.1: experts .* without it"):
+        add_lora(model, 4, 8, dropout=0.1)
+    policy = add_lora(model, 4, 8)
+    adapters = {n: p for n, p in policy.named_parameters() if p.requires_grad}
+    assert sum("experts" in name for name in adapters) == 2 * 2 * 2  # layers, matrices, A and B
+    for name, p in adapters.items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.05)
+    table = logp_table(policy, copy.deepcopy(rows), 1)
+    need_same(table, logp_table(policy, rows, 1, packed=False), rows, "float32", "both ways")
+    assert (table - reference).abs().nan_to_num().max() > 0.01
+    table.nansum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in adapters.values())
+    with torch.no_grad(), policy.disable_adapter():
+        again = logp_table(policy, rows, 1)
+    need_same(reference, again, rows, "float32", "the adapter off")

@@ -179,7 +179,7 @@ def model():
 
 
 def test_the_model_sees_well_and_hallucinates(model):
-    assert prompt_format(model[0].config) == "vicuna"
+    assert prompt_format(model[0].config, model[1].processor) == "vicuna"
     how = {"batch_size": 100, "max_new_tokens": 64}
     metrics = measure(*model, TINY / "amber_val", **how)["metrics"]
     captions, answers = metrics["generative"], metrics["discriminative"]

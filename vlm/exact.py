@@ -3,7 +3,9 @@
 from support.cli import UserError
 from vlm.logprobs import base_model
 
-PACKABLE = ("llava", "llava_next", "llava_onevision", "idefics3", "smolvlm", "internvl")
+PACKABLE = (
+    "llava llava_next llava_onevision idefics2 idefics3 smolvlm internvl mistral3 ovis2".split()
+)
 NOISE = {"float32": 1e-3, "bfloat16": 0.2}  # nats by which one token may be off, generously
 
 

@@ -19,6 +19,12 @@ from vlm.logprobs import decoder
 OLDEST = {"torch": (2, 11), "transformers": (5, 17), "peft": (0, 21)}  # that the tests pass with
 
 
+NOT_READ = {  # families that could be trained wrongly: why
+    "mllama": "its images are read by cross-attention, not as tokens of the prompt",
+    "paligemma": "its prompt is read in both directions, apart from the response",
+}
+
+
 def check_versions():
     """Refuse packages that are older than what this code was tried with."""
     for name, oldest in OLDEST.items():
@@ -38,11 +44,14 @@ def load_processor(path):
     check_versions()
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        if config.model_type in NOT_READ:
+            raise ValueError(f"{config.model_type} is not supported: {NOT_READ[config.model_type]}")
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds
-        raise UserError(
-            f"{path}: no vision-language model could be read there: {first_line(error)}"
-        ) from error
+        text = first_line(error)
+        if "custom code" in str(error):
+            text = "it brings its own code; use the checkpoint for transformers, often named ...-hf"
+        raise UserError(f"{path}: no vision-language model could be read there: {text}") from error
     if not hasattr(processor, "tokenizer"):
         raise UserError(f"{path}: a text model, its processor takes no images")
     if getattr(processor, "patch_size", 0) is None:
@@ -144,7 +153,8 @@ def need_all_tensors(adapted, folder):
 
 
 def add_lora(model, rank, alpha, dropout=0.0, grad_checkpointing=False):
-    """Trainable LoRA on every linear layer of the language model, and on nothing else.
+    """Trainable LoRA on every linear layer of the language model and on the matrices of experts,
+    which are one parameter (experts, out, in); on nothing else.
 
     By full path, since suffixes alone (q_proj) would match the vision tower, too.
     """
@@ -157,11 +167,15 @@ def add_lora(model, rank, alpha, dropout=0.0, grad_checkpointing=False):
         for name, module in language_model.named_modules()
         if isinstance(module, torch.nn.Linear)
     }
+    experts = [name for name, p in language_model.named_parameters() if p.dim() == 3]
+    if experts and dropout:
+        raise UserError(f"--lora-dropout {dropout}: experts ({experts[0]}) are adapted without it")
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=rf"{path}\..*\.({'|'.join(sorted(layers))})",
+        target_parameters=[f"{path}.{name}" for name in experts],
         task_type="CAUSAL_LM",
     )
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT's use

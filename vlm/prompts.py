@@ -5,6 +5,8 @@ stands before it. Special tokens inside user text are broken up ("</s>" -> "< /s
 a turn.
 """
 
+import re
+
 from support.cli import UserError, at_most
 
 VICUNA = (
@@ -13,15 +15,21 @@ VICUNA = (
 )
 
 
-def prompt_format(config, requested="auto"):
+TURN_TOKEN = re.compile(r"<\||\[INST\]|<start_of_turn>")  # <|im_start|>, <|start_header_id|>, ...
+
+
+def prompt_format(config, processor, requested="auto"):
     """The form in which a model was trained: "vicuna", or "chat" for the processor's own template.
 
-    LLaVA-1.5, a llava over a llama, had the Vicuna sentence, which its published template lacks.
+    LLaVA-1.5, a llava over a llama, had the Vicuna sentence, which its published template lacks. A
+    llava over another llama has turn tokens in its template.
     """
     if requested != "auto":
         return requested
     is_llava15 = config.model_type == "llava" and config.text_config.model_type == "llama"
-    return "vicuna" if is_llava15 else "chat"
+    if is_llava15 and not TURN_TOKEN.search(str(processor.chat_template)):
+        return "vicuna"
+    return "chat"
 
 
 class Prompts:
@@ -107,6 +115,13 @@ class Prompts:
                 f"the model's chat template cannot be used (try --prompt-format vicuna): {error}"
             ) from error
 
+    def is_own(self):
+        """Does the checkpoint's template give the same prompts?"""
+        try:
+            return Prompts(self.processor, "chat").render("Q") == self.render("Q")
+        except UserError:
+            return False
+
     def describe(self, row):
         """A row for a person to read: the prompt's text, and the labels decoded."""
         ids = row.inputs["input_ids"][0]
@@ -115,9 +130,12 @@ class Prompts:
             if name in row.inputs:
                 is_image = row.inputs[name][0] == 1
         repeated = is_image & is_image.roll(1)
+        form = self.form
+        if not self.is_own():
+            form += ", another one than the checkpoint's own template (--prompt-format chat)"
         lines = [
-            f"prompt ({self.form}, {len(ids)} tokens, {int(is_image.sum())} of them image, "
-            "shown as one):",
+            f"prompt ({form}; {len(ids)} tokens, {int(is_image.sum())} of them image, shown as "
+            "one):",
             f"  {self.tokenizer.decode(ids[~repeated])!r}",
         ]
         for (_, response), label in zip(row.cells, row.responses):
