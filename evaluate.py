@@ -18,6 +18,7 @@ is each benchmark's own reading.
 
 import datetime
 import functools
+import json
 import sys
 from pathlib import Path
 from string import Template
@@ -83,6 +84,7 @@ def generate_on_server(args):
 
     questions, made = ask(args)
     made |= {"name": args.model, "model": args.model, "server": shown(args.server)}
+    made["request"] = args.request
     with Answers(args.out, made, questions) as answers:
         requests = []
         for number, question in enumerate(questions):
@@ -95,8 +97,8 @@ def generate_on_server(args):
             base_url=args.server,
             model=args.model,
             desc="answering",
-            temperature=args.temperature,
-            max_tokens=args.max_new_tokens,
+            give_up=args.give_up,
+            **{"temperature": args.temperature, "max_tokens": args.max_new_tokens, **args.request},
         )
         answers.extend(texts, BENCHMARKS[args.benchmark].ANSWER)
     return [answers.path]
@@ -150,12 +152,16 @@ def judge(args, folder):
         model=args.judge_model,
         desc="judging",
         check=lambda text: benchmark.check_reply(plain(text)),
-        temperature=0,
+        give_up=args.give_up,
+        **{"temperature": 0, **args.request},
     )
     texts = dict(zip(asked, list(replies)))
     lines = []
     for number in range(len(answers)):
-        lines.append({"text": plain(texts.get(number, "[]")), "model": args.judge_model})
+        text = plain(texts.get(number, "[]"))
+        if text and args.protocol == "symmpo":
+            text = benchmark.check_reply(text)
+        lines.append({"text": text, "model": args.judge_model})
     write_lines(folder / "judgements.jsonl", lines)
 
 
@@ -172,6 +178,9 @@ def score_files(args, answers, judgements, out):
         if raw and isinstance(raw[0], dict):
             model = raw[0].get("model")
     result |= score(args.benchmark, read(answers), args.data, settings_of(args, replies))
+    if result["doubtful"]:
+        text = f"note: of {result['n']} answers: {result['doubts']}; look at {answers}"
+        print(text, file=sys.stderr)
     result["judge"] = model
     result["date"] = datetime.date.today().isoformat()
     write_json(out, result)
@@ -243,6 +252,10 @@ def parse_args(argv=None):
     # who judges, and what is scored
     add("--judge-url", help="the judge's OpenAI-compatible server; the key is OPENAI_API_KEY")
     add("--judge-model")
+    text = 'more fields of each request to a server, as JSON: \'{"reasoning_effort": "low"}\''
+    add("--request", type=json.loads, default={}, metavar="JSON", help=text)
+    text = "of a server or judge: go on when up to N requests stay without a usable reply"
+    add("--give-up", type=within(0), default=0, metavar="N", help=text)
     add("--answers", default="answers.jsonl", help="score: a JSON list or JSONL")
     add("--judgements", help="score: raw judge replies in answer order")
     add("--similar", help="score, AMBER: JSON list of pairs of words that mean the same")

@@ -5,20 +5,25 @@ JUDGE ("none", "optional" or "needed"), FILES (what is needed), COLUMNS (of the 
 
     questions(folder, settings) -> [Question]
     score(answers, folder, settings) -> (metrics, how texts were read)
+    is_clear(text)    where answers have a form: has this one?
 
-and, if JUDGE is not "none", judge_messages(prompt, row) and check_reply(text); beside it
-stand README.md (source, licence, how to get it, departures), word lists and the judge's prompt.
+and, if JUDGE is not "none", judge_messages(prompt, row) and check_reply(text), which returns a
+judgement as it is scored; beside it stand README.md (source, licence, how to get it, departures),
+word lists and the judge's prompt.
 Another benchmark is another folder, and its name here.
 """
 
 import contextlib
 import importlib
+from collections import Counter
 
-from benchmarks.common import Settings, need_answers
+from benchmarks.common import Settings, need_answers, plain
 from support.cli import UserError
 
 NAMES = ("amber", "hallusionbench", "mmhal", "mmstar", "objhal")
 BENCHMARKS = {name: importlib.import_module(f"benchmarks.{name}.{name}") for name in NAMES}
+DOUBTS = ("empty", "cut by the token limit", "unclear", "judgement unreadable")
+MOST_DOUBTFUL = 0.02  # share of the answers above which a row is marked
 
 
 @contextlib.contextmanager
@@ -40,14 +45,51 @@ def score(benchmark, answers, folder, settings=None):
     folder: the benchmark's files. Percent, except MMHal's score (0-6). Raises UserError where the
     official scorer crashes and no correct number exists.
     """
-    settings = settings or Settings()
+    settings, module = settings or Settings(), BENCHMARKS[benchmark]
     need_answers(answers, settings.judgements)
     with well_formed(benchmark, folder):
-        metrics, reading = BENCHMARKS[benchmark].score(answers, folder, settings)
+        answers, found = without_thinking(answers, module)
+        metrics, reading = module.score(answers, folder, settings)
+    found["judgement unreadable"] = unreadable(settings.judgements, module)
+    doubts = {name: found[name] for name in DOUBTS}
     return {
         "benchmark": benchmark,
         "protocol": settings.protocol,
         "n": len(answers),
+        "thinking, not scored": found["thinking"],
+        "doubts": doubts,
+        "doubtful": max(doubts.values()) > MOST_DOUBTFUL * len(answers),
         "reading": reading,
         "metrics": metrics,
     }
+
+
+def without_thinking(answers, module):
+    """The answers as they are scored, and how many of them are what."""
+    scored, found = [], Counter()
+    for answer in answers:
+        text = answer.get(module.ANSWER)
+        if isinstance(text, str):  # else the scorer says what is wrong
+            said = text.rpartition("</think>")[2].strip()
+            if "</think>" in text:
+                found["thinking"] += 1
+                answer = {**answer, module.ANSWER: said}
+            found["empty"] += not said
+            found["cut by the token limit"] += answer.get("cut", False)
+            if hasattr(module, "is_clear"):
+                found["unclear"] += not module.is_clear(said)
+        scored.append(answer)
+    return scored, found
+
+
+def unreadable(judgements, module):
+    """How many judgements even a careful reader does not understand."""
+    count = 0
+    for text in judgements or []:
+        try:
+            module.check_reply(plain(text))
+        except ValueError:
+            count += 1
+    if count and count == len(judgements):
+        raise UserError(f"none of the {count} judgements can be read, the last is {text[-80:]!r}")
+    return count

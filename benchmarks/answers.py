@@ -128,7 +128,10 @@ class Answers:
         """Append an answer for each question that has none yet."""
         with open(self.path, "a", encoding="utf-8") as file:
             for text, question in zip(texts, self.questions[self.count :]):
-                file.write(json.dumps({**question.record, field: text}) + "\n")
+                line = {**question.record, field: text}
+                if getattr(text, "cut", False):
+                    line["cut"] = True
+                file.write(json.dumps(line) + "\n")
                 file.flush()
 
     def __enter__(self):

@@ -1,5 +1,7 @@
 """report.md and report.png: the rows of metrics.json files beside the paper's rows.
 
+(!) marks rows of which more than 2 % of the answers or judgements are empty, cut or unclear.
+
 paper.json has these: Table 1 of the SymMPO paper and Table 1 of the mDPO paper. (AMBER's captions
 are only in the latter, whose MMHal rates are written in percent.)
 """
@@ -19,6 +21,8 @@ def write(files, folder, paper=None):
         name, row = result["name"], row_of(result)
         if result["reading"].startswith("no judge"):
             name += " (no judge)"
+        if result.get("doubtful"):
+            name += " (!)"
         if rows.get(name, {}).keys() & row.keys():
             name += f" ({len(rows) + 1})"  # another model of this name
         rows.setdefault(name, {}).update(row)

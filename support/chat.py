@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from support.cli import UserError
 from support.images import open_image
+from support.text import text_of
 
 GRACE = 5  # seconds for replies that are under way when a run ends early
 
@@ -44,17 +45,21 @@ def chat_message(prompt, image=None, max_side=1024):
     return [{"role": "user", "content": content}]
 
 
-def ask_in_order(requests, log, **options):
-    """As `ask_all`: the texts alone, in the order of the requests, until one got no usable reply;
-    raises UserError at the end, when all others are in the log."""
+def ask_in_order(requests, log, give_up=0, **options):
+    """As `ask_all`: the texts alone, in the order of the requests, until one got no usable reply.
+    When all others are in the log, up to give_up such requests are "", more raise UserError."""
     texts, order = {}, deque(id for id, _ in requests)
     for id, text in ask_all(requests, log, **options):
         texts[id] = text
         while order and texts.get(order[0]) is not None:
             yield texts.pop(order.popleft())
-    if order:
-        failed = list(texts.values()).count(None)
-        raise UserError(f"{failed} requests got no usable reply; the same command asks them again")
+    failed = list(texts.values()).count(None)
+    if failed > give_up:
+        raise UserError(
+            f"{failed} requests got no usable reply; the same command asks them again, and with "
+            f"--give-up {failed} goes on without"
+        )
+    yield from (texts[id] or "" for id in order)
 
 
 def ask_all(
@@ -113,7 +118,10 @@ def ask_all(
             if not usable:
                 failed += 1
             bar.set_postfix_str(f"{failed} failed, {kept.tokens:,} tokens")
-            yield id, entry["text"] if usable else None
+            text = entry["text"]
+            if usable:
+                text = text_of(text, cut=entry.get("finish") == "length")
+            yield id, text if usable else None
             in_a_row = in_a_row + 1 if entry["text"] is None else 0
             if in_a_row > 0 and in_a_row in (size, max(5, concurrency)):
                 raise UserError(
@@ -208,7 +216,7 @@ class Asker:
         turns = [{**turn, "role": self.roles.get(turn["role"], turn["role"])} for turn in messages]
         try:
             reply = await self.client.chat.completions.create(messages=turns, **self.sent)
-            entry["text"] = text_of(reply, entry)
+            entry["text"] = content_of(reply, entry)
             self.check(entry["text"])
         except openai.AuthenticationError:  # what servers say here may show a part of the key
             url = http.shown(str(self.client.base_url))
@@ -243,7 +251,7 @@ class Asker:
         tqdm.write(f"note: as the server wants it, {text}", file=sys.stderr)
 
 
-def text_of(reply, entry):
+def content_of(reply, entry):
     """The text of a reply; how it ended and what it cost go into the entry. ValueError, with what
     the server says of it, where there is no answer."""
     if not reply.choices:

@@ -700,7 +700,7 @@ def test_several_adapters_in_one_load(llava, adapter, amber, tmp_path, capsys):
     made = read(out / names[1] / "metrics.json")
     assert made["adapter_hash"] and made["model_hash"]
     table = (out / "report.md").read_text()
-    assert all(f"| {name} |" in table for name in names)
+    assert all(f"| {name} (!) |" in table for name in names)  # cut at five tokens
     assert "| SymMPO paper: + SymMPO | 82.6 | 87.7 |" in table
     with pytest.raises(SystemExit):
         run("run", "--benchmark", "amber", "--model", llava, "--data", amber, "--adapter", tmp_path)
@@ -968,8 +968,17 @@ def test_before_and_after_switch_the_adapter(loaded, llava, adapter, amber, monk
     "benchmark, reply, read_as",
     [
         ("mmhal", "**Rating:** 4", "Rating: 4"),
+        ("mmhal", '{"rating": 4, "reason": "ok"}', "Rating: 4"),
+        ("mmhal", "## Rating\n3", "Rating: 3"),
+        ("mmhal", "The scale is 0-6. Rating (0-6): 2", "Rating: 2"),
+        ("hallusionbench", "The answer is not incorrect.", "correct"),
+        ("hallusionbench", "That is not correct.", "incorrect"),
+        ("hallusionbench", "Is it correct or incorrect? It agrees, so: **correct**", "correct"),
+        ("hallusionbench", '{"verdict": "incorrect"}', "incorrect"),
+        ("objhal", 'Here is the list: ["dog", "cup"] as asked.', '["dog", "cup"]'),
+        ("objhal", '{"objects": ["dog", "cup"]}', '["dog", "cup"]'),
         ("mmhal", "<think>Rating: 0? Rating: 1?</think>\n## Verdict\nRating: **5**", "Rating: 5"),
-        ("hallusionbench", "<think>correct or incorrect?</think>**Correct**", "Correct"),
+        ("hallusionbench", "<think>correct or incorrect?</think>**Correct**", "correct"),
         ("objhal", '```json\n["dog", "cup"]\n```', '["dog", "cup"]'),
     ],
 )
@@ -999,3 +1008,102 @@ def test_a_reply_without_a_judgement_is_asked_again_and_never_scored(
         run(*command, "--judge-model", "j")
     assert end.value.code == 2 and "no usable reply" in capsys.readouterr().err
     assert len(bodies) == 3 and not (tmp_path / "judgements.jsonl").exists()
+
+
+def test_what_is_empty_cut_unclear_or_thought_aloud_is_counted_and_marked(tmp_path, capsys):
+    """Thinking is cut off before scoring; a row with over 2 % of doubtful answers is marked."""
+    texts = ["<think>A, B or C?</think>B", "B: cat", "(b)", "", "The correct answer is (B)"] * 3
+    rows = []
+    for number, text in enumerate(texts):
+        row = {"index": number, "category": "c", "l2_category": "l", "answer": "B"}
+        rows.append({**row, "question": "?", "prediction": text})
+    rows[1]["cut"] = True
+    save(tmp_path / "mmstar.json", [{**row, "image": "x"} for row in rows])
+    found = score("mmstar", rows, tmp_path)
+    assert found["thinking, not scored"] == 3
+    assert found["doubts"] == {
+        "empty": 3,
+        "cut by the token limit": 1,
+        "unclear": 6,  # the empty ones, and the sentences, which have other letters first
+        "judgement unreadable": 0,
+    }
+    assert found["metrics"]["overall"] == 60.0 and found["doubtful"]
+    answers = save(tmp_path / "answers.json", rows)
+    run(
+        "score",
+        "--benchmark",
+        "mmstar",
+        "--answers",
+        answers,
+        "--data",
+        tmp_path,
+        "--out",
+        tmp_path / "m.json",
+    )
+    assert "note: of 15 answers: {'empty': 3" in capsys.readouterr().err
+    run("report", tmp_path / "m.json", "--out", tmp_path)
+    assert "| answers (!) | 60 |" in (tmp_path / "report.md").read_text()
+
+
+def test_judgements_that_nobody_can_read_are_counted_and_never_all_scored():
+    rows = [hallusion(0, 0, "yes"), hallusion(0, 1, "yes")]
+    found = score("hallusionbench", rows, ".", ["correct", "hm"])
+    assert found["doubts"]["judgement unreadable"] == 1 and found["doubtful"]
+    with pytest.raises(UserError, match="none of the 2 judgements can be read"):
+        score("hallusionbench", rows, ".", ["hm", "hm"])
+
+
+def test_hallusionbench_image_questions_alone():
+    """Without VS's questions of figure 0 there is no qAcc, and the row says why."""
+    rows = [hallusion(0, 0, "yes"), hallusion(1, 0, "no", "0")]
+    rows += [hallusion(1, 0, "yes", category="VS"), hallusion(2, 0, "no", category="VS")]
+    found = score("hallusionbench", rows, ".")
+    assert found["metrics"] == {"fAcc": 75.0, "aAcc": 75.0}
+    assert "image questions alone" in found["reading"]
+    with pytest.raises(UserError, match="none like it of figure 0"):
+        score("hallusionbench", rows[1:], ".")
+
+
+def test_give_up_settles_a_few_requests_and_says_so(serve, tmp_path, capsys):
+    def script(body, attempt):
+        question = body["messages"][0]["content"]
+        return "no" if "Q1" in json.dumps(question) else "correct"
+
+    rows = [
+        {**hallusion(0, k, "yes"), "gt_answer_details": "d", "question": f"Q{k}"} for k in range(3)
+    ]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    url, bodies = serve(script)
+    command = ["judge", "--benchmark", "hallusionbench", "--out", tmp_path, "--judge-url", url]
+    with pytest.raises(SystemExit):
+        run(*command, "--judge-model", "j")
+    assert "with --give-up 1 goes on without" in capsys.readouterr().err
+    run(*command, "--judge-model", "j", "--give-up", 1)
+    assert [row["text"] for row in read(tmp_path / "judgements.jsonl")] == [
+        "correct",
+        "",
+        "correct",
+    ]
+    run(
+        "score",
+        "--benchmark",
+        "hallusionbench",
+        "--answers",
+        tmp_path / "answers.jsonl",
+        "--judgements",
+        tmp_path / "judgements.jsonl",
+        "--out",
+        tmp_path / "m.json",
+    )
+    made = read(tmp_path / "m.json")
+    assert made["doubts"]["judgement unreadable"] == 1 and made["doubtful"]
+
+
+def test_more_fields_go_into_each_request(serve, tmp_path):
+    (tmp_path / "answers.jsonl").write_text(
+        json.dumps({**hallusion(0, 0, "yes"), "gt_answer_details": "d", "question": "Q"}) + "\n"
+    )
+    url, bodies = serve(lambda body, attempt: "correct")
+    command = ["judge", "--benchmark", "hallusionbench", "--out", tmp_path, "--judge-url", url]
+    run(*command, "--judge-model", "j", "--request", '{"reasoning_effort": "low"}')
+    assert bodies[0]["reasoning_effort"] == "low" and bodies[0]["temperature"] == 0

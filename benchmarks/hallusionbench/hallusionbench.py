@@ -54,9 +54,17 @@ def judge_messages(prompt, row):
 
 
 def check_reply(text):
-    """A judgement says correct, incorrect or unclear; else ValueError."""
-    if not re.search("correct|unclear", text.lower()):
+    """The judgement, its last word on it: correct, incorrect or unclear; else ValueError."""
+    said = re.sub(r"\bnot incorrect\b", "correct", text.lower())
+    said = re.sub(r"\bnot correct\b", "incorrect", said)
+    found = re.findall(r"\b(?:correct|incorrect|unclear)\b", said)
+    if not found:
         raise ValueError(f"neither correct nor incorrect nor unclear: {text[-80:]!r}")
+    return found[-1]
+
+
+def is_clear(text):
+    return re.search(r"\b(yes|no)\b", text.lower()) is not None
 
 
 def score(answers, folder, settings):
@@ -72,9 +80,12 @@ def score(answers, folder, settings):
         else:
             right[place] = judged_right(judgements[number], place)
 
+    # People also publish the 951 questions with an image alone, without a half of VS.
+    is_whole = any(place.without_image() for place in right)
     by_question, by_figure = defaultdict(list), defaultdict(list)
     for place, is_right in right.items():
-        if place._replace(figure_id="0") not in right:
+        needs_original = is_whole or place.category != "VS"
+        if needs_original and place._replace(figure_id="0") not in right:
             raise UserError(f"question {'/'.join(place)}: there is none like it of figure 0")
         by_question[place._replace(figure_id="")].append(is_right)
         if not place.without_image():
@@ -86,7 +97,11 @@ def score(answers, folder, settings):
         "fAcc": round(percent(sum(map(all, by_figure.values())), len(by_figure)), 4),
         "aAcc": round(percent(sum(right.values()), len(right)), 4),
     }
-    return metrics, "no judge: first yes/no" if judgements is None else "judge"
+    reading = "no judge: first yes/no" if judgements is None else "judge"
+    if not is_whole and any(place.category == "VS" for place in right):
+        del metrics["qAcc"]
+        reading += "; image questions alone, no qAcc"
+    return metrics, reading
 
 
 def judged_right(reply, place):

@@ -22,6 +22,9 @@ FILES = ("mmhal-bench_with_image.jsonl",)
 OTHER_NAMES = ("response_template.json", "mmhal-bench_answer_template.json")
 COLUMNS = {"Score↑": ("score",), "Hall↓": ("hallucination_rate",)}
 
+# As judges write it: "Rating: 4", {"rating": 4}, "Rating (0-6): 4", "a rating of 4"
+RATING = re.compile(r"rating(?: *\(0 *(?:-|–|to) *6\))?\W*(?:(?:is|of)\W*)?([0-6])(?![.–-]?\d)")
+
 
 def questions(folder, settings):
     asked = []
@@ -36,9 +39,11 @@ def judge_messages(prompt, row):
 
 
 def check_reply(text):
-    """A judgement has a rating; else ValueError."""
-    if not re.search("rating: ?\n?[0-6]", text.lower()):
-        raise ValueError(f"no rating of 0 to 6: {text[-80:]!r}")
+    """The judgement with its one rating as it is scored, "Rating: 4"; else ValueError."""
+    found = set(RATING.findall(text.lower()))
+    if len(found) != 1:
+        raise ValueError(f"not one rating of 0 to 6: {text[-80:]!r}")
+    return text if rating(text, "official") else f"{text}\nRating: {found.pop()}"
 
 
 def score(answers, folder, settings):

@@ -42,6 +42,11 @@ def questions(folder, settings):
     return asked
 
 
+def is_clear(text):
+    """Does it name one letter? "The answer is B" has an a, too, which protocol symmpo reads."""
+    return re.fullmatch(r"[\W_]*[a-d]\b.*", text.lower(), re.DOTALL) is not None
+
+
 def score(answers, folder, settings):
     """(metrics, how texts were read)."""
     need_fields(answers, {ANSWER: str, "answer": str, "category": str, "l2_category": str})

@@ -13,7 +13,9 @@ mention_hallucination: wrong mentions among all (CHAIRi). Without a judge the an
 COCO's captions are ("caption mode").
 """
 
+import contextlib
 import json
+import re
 from collections import defaultdict
 from itertools import groupby
 from pathlib import Path
@@ -68,6 +70,14 @@ def without_speaker(text):
 
 
 def check_reply(text):
+    """The first list of phrases in a reply, whatever stands around it, as JSON; else ValueError."""
+    for place in re.findall(r"\[[^\[\]]*\]", text):
+        with contextlib.suppress(ValueError):
+            return json.dumps(phrases_in(place))
+    raise ValueError(f"no JSON list of objects: {text[:80]!r}")
+
+
+def phrases_in(text):
     """The phrases in a judge's JSON list, which is the reply or its last line; else ValueError."""
     places = [text]
     if '["' in text:
@@ -120,7 +130,7 @@ def listed(row, reply):
     if is_short(row):
         return []
     try:
-        return check_reply(reply)
+        return phrases_in(reply)
     except ValueError as error:
         raise UserError(f"a judgement cannot be read, judge again: {error}") from error
 
