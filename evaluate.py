@@ -46,6 +46,8 @@ def generate(args):
     for adapter in args.adapter:
         if not Path(adapter, "adapter_config.json").is_file():
             raise UserError(f"{adapter}: no PEFT adapter in there")
+    if args.row and len(args.adapter) > 1:
+        raise UserError("--row names one row: give one --adapter at a time")
     questions, made = ask(args)
     if args.temperature > 0:
         made["batch_size"] = args.batch_size  # a batch is sampled together
@@ -117,6 +119,7 @@ def ask(args):
         )
     names = ("max_new_tokens", "beams", "temperature", "seed")
     made = {
+        "row": args.row,
         "questions": digest([(question.prompt, question.record) for question in questions])[:16],
         "decoding": {name: getattr(args, name) for name in names},
     }
@@ -240,6 +243,7 @@ def parse_args(argv=None):
     dimensions = ("a", "g", "d", "de", "da", "dr")
     text = "AMBER: all, captions, yes/no, or its existence, attribute, relation part"
     add("--dimension", choices=dimensions, default="a", help=text)
+    add("--row", help="its name in reports; rows of one name (seeds) are averaged there")
     add("--limit", type=within(1), help="only the first N questions")
     # who answers, and how
     add("--batch-size", type=within(1), default=16)
@@ -259,7 +263,7 @@ def parse_args(argv=None):
     add("--answers", default="answers.jsonl", help="score: a JSON list or JSONL")
     add("--judgements", help="score: raw judge replies in answer order")
     add("--similar", help="score, AMBER: JSON list of pairs of words that mean the same")
-    add("--paper", choices=("7b", "13b", "none"), help="report: which base model's published rows")
+    add("--paper", choices=("7b", "13b", "bunny", "none"), help="published rows shown")
     args = parser.parse_args(argv)
 
     if args.command == "fetch-help" and args.names:

@@ -18,16 +18,22 @@ def write(files, folder, paper=None):
     """files: metrics.json files. paper: "7b", "13b", "none", or by the first row's model."""
     results, rows = [read(file) for file in files], {}
     for result in results:
-        name, row = result["name"], row_of(result)
+        name, row = result.get("row") or result["name"], row_of(result)
         if result["reading"].startswith("no judge"):
             name += " (no judge)"
         if result.get("doubtful"):
             name += " (!)"
-        if rows.get(name, {}).keys() & row.keys():
+        if not result.get("row") and rows.get(name, {}).keys() & row.keys():
             name += f" ({len(rows) + 1})"  # another model of this name
-        rows.setdefault(name, {}).update(row)
+        for heading, values in row.items():
+            rows.setdefault(name, {}).setdefault(heading, []).extend(values)
     size = paper or size_of(results[0].get("model", ""))
-    show(rows | published(size), {}, made(results), Path(folder, "report"))
+    rows |= published(size)
+    headings = list(dict.fromkeys(heading for row in rows.values() for heading in row))
+    text = "\n".join(table(rows, headings) + [""] + made(results))
+    print(text)
+    write_atomically(Path(folder, "report.md"), text + "\n")
+    draw(rows, headings, Path(folder, "report.png"))
 
 
 def row_of(result):
@@ -56,18 +62,13 @@ def size_of(model):
     return "none"
 
 
-def show(rows, differences, notes, path):
-    """Print and write path.md and path.png. rows: {name: {heading: values}}, several values where
-    there are several seeds; differences: more of them, for the table alone."""
-    headings = list(dict.fromkeys(heading for row in rows.values() for heading in row))
+def table(rows, headings):
+    """Lines of Markdown."""
     lines = [f"| model | {' | '.join(headings)} |", "| --- " + "| ---: " * len(headings) + "|"]
-    for name, row in (rows | differences).items():
+    for name, row in rows.items():
         cells = [with_spread(row.get(heading, [])) for heading in headings]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    text = "\n".join([*lines, "", *notes])
-    print(text)
-    write_atomically(path.with_suffix(".md"), text + "\n")
-    draw(rows, headings, path.with_suffix(".png"))
+    return lines
 
 
 def with_spread(values):
