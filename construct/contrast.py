@@ -1,8 +1,10 @@
-"""Give every record a contrast image, of one of eight kinds.
+"""Give every record a contrast image, of one of seven kinds.
 
     python -m construct.contrast images/ --out images/pairs.jsonl --kind clip
 
 crop (mDPO's) and clip (SymMPO's) are made by data.py; the others are for comparison (notebook 4).
+Pictures that you made yourself (synthetic, in SymMPO's Fig. 4) need no command: name them
+contrast_image in the records.
 """
 
 import os
@@ -16,7 +18,6 @@ from tqdm import tqdm
 from data import embed, nearest
 from support.cli import UserError, new_parser, run_command, within
 from support.files import write_lines
-from support.formats import IMAGES
 from support.images import CROP_LARGE, crop, moco, noise, open_image
 from support.records import Records, add_data_options, need_other, with_files
 
@@ -28,22 +29,12 @@ MADE = {
     "noise": lambda image, rng, args: noise(image, rng, args.step),
     "moco": lambda image, rng, args: moco(image, rng),
 }
-TAKEN = ("random", "clip", "synthetic")  # kinds that take a picture that is there already
+TAKEN = ("random", "clip")  # kinds that take another record's image
 
 
 def choose(args, given):
     """{path of an image: (its contrast image, cosine or None)} for the kinds in TAKEN; an image for
     which no other will do is left out. given: (fields, files) of each record."""
-    if args.kind == "synthetic":
-        mapping = Records(args.mapping, needed=IMAGES)
-        pairs = [with_files(mapping, i, "", args.allow_outside) for i in range(len(mapping))]
-        picture_of = {fields["image"]: files["contrast_image"] for fields, files in pairs}
-        chosen = {}
-        for fields, files in given:
-            if fields["image"] in picture_of:
-                chosen[files["image"]] = (picture_of[fields["image"]], None)
-        return chosen
-
     group_of = {}
     for fields, files in given:
         group_of[files["image"]] = str(fields.get(args.group, files["image"]))
@@ -126,7 +117,6 @@ def main(argv=None):
         default=500,
         help="noise: diffusion step of 1000 (default 500)",
     )
-    add("--mapping", default="synthetic.jsonl", help="synthetic: file of {image, contrast_image}")
     run_command(contrast, parser.parse_args(argv))
 
 

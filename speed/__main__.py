@@ -132,14 +132,11 @@ def options(argv):
     add = parser.add_argument
     add("--quick", action="store_true", help="small model, few rounds")
     add("--json", action="store_true", help="the summary as the last line")
-    add("--only", help="some parts, comma-separated: " + ", ".join(PARTS))
+    add("--only", nargs="+", choices=PARTS, default=list(PARTS), help="some parts")
     add("--cuda", action="store_true", help="on a GPU, in bf16")
     add("--size", choices=SIZES, help="default: quick with --quick, else mid")
     add("--rounds", type=within(1), help="timed rounds (default 3 with --quick, else 9)")
     args = parser.parse_args(argv)
-    args.parts = args.only.split(",") if args.only else list(PARTS)
-    if not set(args.parts) <= set(PARTS):
-        parser.error(f"--only {args.only}: the parts are {', '.join(PARTS)}")
     args.size = args.size or ("quick" if args.quick else "mid")
     args.rounds = args.rounds or (3 if args.quick else 9)
     if args.cuda and not torch.cuda.is_available():
@@ -155,7 +152,7 @@ def main(argv=None):
     print(f"{time.ctime()}, torch {torch.__version__}, {processor}", *sys.argv[1:], flush=True)
     summary = dict.fromkeys(SUMMARY.split())  # null where a part did not run
     differences = []
-    for name in args.parts:
+    for name in args.only:
         print(f"{name} ...", file=sys.stderr)
         if name == "trl" and not importlib.util.find_spec("trl"):
             print('left out; it needs: pip install "trl==1.16.*"', file=sys.stderr)

@@ -176,27 +176,9 @@ def test_texts_that_no_encoding_knows_survive(folder):
     assert "é" in (folder / "out.jsonl").read_text()
 
 
-def test_ready_pictures_come_through_a_mapping(folder):
-    (folder / "edits").mkdir()
-    picture(99).save(folder / "edits" / "e.png")
-    (folder / "edits" / "map.jsonl").write_text('{"image": "3.png", "contrast_image": "e.png"}')
-    run(
-        folder,
-        "--out",
-        folder / "out.jsonl",
-        "--kind",
-        "synthetic",
-        "--mapping",
-        folder / "edits" / "map.jsonl",
-    )
-    [record] = lines(folder / "out.jsonl")
-    assert record["image"] == "3.png" and record["contrast_image"] == "edits/e.png"
-
-
 def test_errors_name_the_place(folder, capsys):
     (folder / "in.jsonl").write_text('{"image": "0.png"}\n\n{"picture": 1}\n')
     (folder / "gone.jsonl").write_text('{"image": "gone.png"}\n')
-    (folder / "map.jsonl").write_text('{"image": "0.png"}\n')
     (folder / "empty").mkdir()
     out = ["--out", folder / "out.jsonl"]
     for args, message in [
@@ -204,11 +186,6 @@ def test_errors_name_the_place(folder, capsys):
         ([folder / "gone.jsonl", "--kind", "crop"], "gone.png: no such image"),
         ([folder / "none.jsonl", "--kind", "crop"], "none.jsonl: no such file"),
         ([folder / "empty", "--kind", "crop"], "no images"),
-        ([folder, "--kind", "synthetic"], "synthetic.jsonl: "),
-        (
-            [folder, "--kind", "synthetic", "--mapping", folder / "map.jsonl"],
-            "map.jsonl:1: missing: contrast_image",
-        ),
         ([folder, "--encoder", folder / "empty"], "not an image encoder"),
     ]:
         run(*args, *out, code=2)

@@ -6,12 +6,13 @@ import json
 import pytest
 import torch
 import transformers as tf
+from transformers.quantizers.quantizers_utils import should_convert_module
 
-from families import TEXT, VISION, tiny_rows
+from families import PACKED, PLAIN, TEXT, VISION, tiny_model, tiny_rows
 from support.cli import UserError
 from vlm.exact import need_packable, need_same
-from vlm.load import add_lora, load_processor
-from vlm.logprobs import Row, logp_table
+from vlm.load import OUTSIDE_THE_DECODER, add_lora, load_processor
+from vlm.logprobs import Row, decoder, logp_table
 
 LONG = 64  # tokens; the windows below are 4
 DECODERS = {  # a llava over each: (configuration of the decoder, a word of the reason or None)
@@ -90,6 +91,24 @@ def test_nan_is_never_the_same():
     assert need_same(table, table + 1e-4, [row], "float32", "both") == pytest.approx(1e-4)
     with pytest.raises(UserError, match="prefs.jsonl:7: both differ by nan nats"):
         need_same(table, torch.full_like(table, torch.nan), [row], "float32", "both")
+
+
+@pytest.mark.parametrize("family", [*PACKED, *PLAIN])
+def test_four_bits_are_for_the_decoder_alone(family):
+    """Not for the vision tower, the projector and the head, in whatever family."""
+    model, _ = tiny_model(family)
+    inside = {id(module) for module in decoder(model).modules()}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            assert should_convert_module(name, [OUTSIDE_THE_DECODER]) == (id(module) in inside), (
+                name
+            )
+
+
+def test_attention_by_cudnn_is_off_where_models_are_loaded(llava):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    load_processor(llava)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,21 @@ from tiny.world import (
 )
 
 
+def record_of(scene, prompt, said, other, kind, task):
+    """said: chosen, rejected and contrast_chosen."""
+    chosen, rejected, contrast_chosen = said
+    return {
+        "image": scene,
+        "prompt": prompt,
+        "chosen": chosen,
+        "rejected": rejected,
+        "contrast_image": other,
+        "contrast_chosen": contrast_chosen,
+        "kind": kind,
+        "task": task,
+    }
+
+
 def caption_records(model, processor, scenes, rng, seen):
     """Records whose rejected caption is the model's own sample and names an absent object."""
     asked = [(scene, rng.choice(DESCRIBE)) for scene in scenes]
@@ -35,18 +50,8 @@ def caption_records(model, processor, scenes, rng, seen):
             if other is None or (kind == "edit" and content(other) in seen):
                 continue
             seen.add(content(other))
-            records.append(
-                {
-                    "image": scene,
-                    "prompt": prompt,
-                    "chosen": caption(objects(scene)),
-                    "rejected": text,
-                    "contrast_image": other,
-                    "contrast_chosen": caption(objects(other)),
-                    "kind": kind,
-                    "task": "caption",
-                }
-            )
+            said = caption(objects(scene)), text, caption(objects(other))
+            records.append(record_of(scene, prompt, said, other, kind, "caption"))
     return records
 
 
@@ -76,18 +81,8 @@ def question_records(model, processor, scenes, rng, seen):
         if other is None:
             continue
         seen.add(content(other))
-        records.append(
-            {
-                "image": scene,
-                "prompt": ask(question),
-                "chosen": yes_no(right),
-                "rejected": yes_no(not right),
-                "contrast_image": other,
-                "contrast_chosen": yes_no(not right),
-                "kind": kind,
-                "task": question[0],
-            }
-        )
+        said = yes_no(right), yes_no(not right), yes_no(not right)
+        records.append(record_of(scene, ask(question), said, other, kind, question[0]))
     rng.shuffle(records)
     return records
 

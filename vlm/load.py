@@ -19,6 +19,7 @@ from vlm.logprobs import decoder
 OLDEST = {"torch": (2, 11), "transformers": (5, 17), "peft": (0, 21)}  # that the tests pass with
 
 
+OUTSIDE_THE_DECODER = r"(?!.*\b(?:language_model|text_model)\.).*"  # names of modules
 NOT_READ = {  # families that could be trained wrongly: why
     "mllama": "its images are read by cross-attention, not as tokens of the prompt",
     "paligemma": "its prompt is read in both directions, apart from the response",
@@ -26,7 +27,10 @@ NOT_READ = {  # families that could be trained wrongly: why
 
 
 def check_versions():
-    """Refuse packages that are older than what this code was tried with."""
+    """Refuse packages that are older than what this code was tried with, and attention by cuDNN,
+    PyTorch's first choice on an H100: it gives NaN gradients at some lengths (pytorch#196678), and
+    plans anew, for half a second, at each new length."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
     for name, oldest in OLDEST.items():
         version = importlib.metadata.version(name)
         major, minor = version.split(".")[:2]
@@ -66,7 +70,7 @@ def load_model(path, device=None, dtype=None, four_bit=False):
     """(model, processor), in eval mode.
 
     device: CUDA when there is one, if not given. dtype: bfloat16 on CUDA and float32 elsewhere, if
-    not given. four_bit: linear layers in NF4.
+    not given. four_bit: the decoder's linear layers in NF4, and no others.
     Raises UserError for a folder or name without a model, or packages that are too old.
     """
     from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
@@ -80,7 +84,10 @@ def load_model(path, device=None, dtype=None, four_bit=False):
         quantization = None
         if four_bit:
             quantization = BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_compute_dtype=dtype,
+                llm_int8_skip_modules=[OUTSIDE_THE_DECODER],
             )
         model, found = AutoModelForImageTextToText.from_pretrained(
             path,
