@@ -183,7 +183,7 @@ def fetch_help(args):
 def parse_args(argv=None):
     parser = new_parser(__doc__)
     add = parser.add_argument
-    add("command", choices=("run", "generate", "judge", "score", "report", "fetch-help"))
+    add("command", choices="run generate judge score report fetch-help".split())
     add("names", nargs="*", help="report: metrics.json files; fetch-help: the benchmark")
     add("--benchmark", choices=sorted(BENCHMARKS), default="amber")
     add("--data", help="the benchmark's files as downloaded (default: the bundled tiny set)")
@@ -192,7 +192,7 @@ def parse_args(argv=None):
     add("--adapter", nargs="*", default=[], help="PEFT folders; with several, also the base row")
     add("--out", help="output folder; score: the metrics.json to write")
     add("--protocol", choices=("symmpo", "official"), default="symmpo")
-    dimensions = ("a", "g", "d", "de", "da", "dr")
+    dimensions = "a g d de da dr".split()
     text = "AMBER: all, captions, yes/no, or its existence, attribute, relation part"
     add("--dimension", choices=dimensions, default="a", help=text)
     add("--row", help="its name in reports; rows of one name (seeds) are averaged there")
@@ -226,9 +226,7 @@ def parse_args(argv=None):
     judged_run = args.command == "run" and (args.judge_url or role == "needed")
     if args.command == "judge" or judged_run:
         if role == "none" or not args.judge_url or not args.judge_model:
-            judged = [name for name in BENCHMARKS if BENCHMARKS[name].JUDGE != "none"]
-            names = ", ".join(judged)
-            parser.error(f"a judge, of {names}, needs --judge-url and --judge-model")
+            parser.error("judging, if the benchmark has it, needs --judge-url and --judge-model")
     if args.command != "fetch-help" and not args.data:
         if args.model:
             parser.error("--data is missing: the benchmark's files")
@@ -243,14 +241,14 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     commands = {
-        "run": lambda: run(args),
-        "generate": lambda: generate(args),
-        "judge": lambda: judge(args, Path(args.out)),
-        "score": lambda: score_files(args, args.answers, args.judgements, args.out),
-        "report": lambda: report.write(args.names or ["metrics.json"], args.out, args.paper),
-        "fetch-help": lambda: fetch_help(args),
+        "run": (run, args),
+        "generate": (generate, args),
+        "judge": (judge, args, Path(args.out)),
+        "score": (score_files, args, args.answers, args.judgements, args.out),
+        "report": (report.write, args.names or ["metrics.json"], args.out, args.paper),
+        "fetch-help": (fetch_help, args),
     }
-    run_command(commands[args.command])
+    run_command(*commands[args.command])
 
 
 if __name__ == "__main__":

@@ -27,8 +27,7 @@ def write(files, folder, paper=None):
             name += f" ({len(rows) + 1})"  # another model of this name
         for heading, values in row.items():
             rows.setdefault(name, {}).setdefault(heading, []).extend(values)
-    size = paper or size_of(results[0].get("model", ""))
-    rows |= published(size)
+    rows |= published(paper, results[0].get("model", ""))
     headings = list(dict.fromkeys(heading for row in rows.values() for heading in row))
     text = "\n".join(table(rows, headings) + [""] + made(results))
     print(text)
@@ -48,18 +47,14 @@ def row_of(result):
     return row
 
 
-def published(size):
-    """The paper's rows for a base model."""
-    rows = read(HERE / "paper.json").get(size, {})
+def published(size, model):
+    """The paper's rows of a size, or those of the same base model."""
+    sizes = read(HERE / "paper.json")
+    for known in sizes:
+        if size is None and f"llava-1.5-{known}" in model.lower():
+            size = known
+    rows = sizes.get(size, {})
     return {name: {heading: [row[heading]] for heading in row} for name, row in rows.items()}
-
-
-def size_of(model):
-    """The paper's rows are those of the same base model."""
-    for size in ("13b", "7b"):
-        if f"llava-1.5-{size}" in model.lower():
-            return size
-    return "none"
 
 
 def table(rows, headings):

@@ -275,16 +275,13 @@ def main(argv=None):
     add_data_options(parser)
     add("--out", required=True, help="the records (.jsonl); all replies are kept in OUT.work")
     tasks = {
-        "captioner": "describes the images",
-        "policy": "the model to be trained",
-        "writer": "sorts claims and writes responses",
+        "captioner": "describes the images; a local model, if no server is given",
+        "policy": "the model to be trained, likewise",
+        "writer": "sorts claims and writes responses, on a server",
     }
     for role, task in tasks.items():
         add(f"--{role}", required=True, metavar="MODEL", help=task)
-        text = "its server, http://host:port/v1"
-        if role != "writer":
-            text += " (without: a local model)"
-        add(f"--{role}-url", required=role == "writer", metavar="URL", help=text)
+        add(f"--{role}-url", required=role == "writer", metavar="URL", help=f"server of the {role}")
     add("--samples", type=within(1), default=4, help="answers of the policy (default 4)")
     add("--max-side", type=within(1), default=1024, help="px of images sent (default 1024)")
     add("--concurrency", type=within(1), default=8, help="requests at a time (default 8)")

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from support.cli import UserError
 from support.images import open_image
-from support.text import text_of
+from support.text import Text
 
 GRACE = 5  # seconds for replies that are under way when a run ends early
 
@@ -120,7 +120,7 @@ def ask_all(
             bar.set_postfix_str(f"{failed} failed, {kept.tokens:,} tokens")
             text = entry["text"]
             if usable:
-                text = text_of(text, cut=entry.get("finish") == "length")
+                text = Text(text, cut=entry.get("finish") == "length")
             yield id, text if usable else None
             in_a_row = in_a_row + 1 if entry["text"] is None else 0
             if in_a_row > 0 and in_a_row in (size, max(5, concurrency)):

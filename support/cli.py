@@ -107,9 +107,7 @@ def parse(options_class, description, argv=None, notes=None, **defaults):
         if field.type is bool:
             group.add_argument(flag, action="store_true", default=default, help=text)
             continue
-        note = default
-        if notes and field.name in notes:
-            note = notes[field.name]
+        note = (notes or {}).get(field.name, default)
         group.add_argument(
             flag,
             type=field.type,

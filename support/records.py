@@ -20,7 +20,7 @@ from support.cli import Unreadable, UserError
 from support.formats import FIELDS, IMAGES, LAYOUTS, normalise
 from support.images import decoded, need_inside, open_image, pixel_hash
 
-SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow", ".csv", ".tsv")
+SUFFIXES = ".jsonl .json .parquet .arrow .csv .tsv".split()
 NO_RECORDS = ("dataset_info.json", "dataset_dict.json", "state.json")  # beside Arrow files
 NOT_READ = {  # how a file begins: what it is, and the way on
     b"version https://git-lfs": "a Git LFS pointer, not the file itself: run `git lfs pull`",
@@ -143,7 +143,7 @@ class Pictures(Numbered):
     """A folder's pictures: records that have nothing but an image."""
 
     KIND, PLACE = "a folder", "picture"
-    ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+    ENDINGS = tuple(".jpg .jpeg .png .webp .bmp .gif .tif .tiff".split())
 
     def __init__(self, path):
         names = sorted(os.listdir(path))

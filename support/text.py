@@ -4,10 +4,7 @@
 class Text(str):
     """cut: did it end at the limit of tokens?"""
 
-    cut = False
-
-
-def text_of(string, cut):
-    text = Text(string)
-    text.cut = cut
-    return text
+    def __new__(cls, string, cut):
+        text = super().__new__(cls, string)
+        text.cut = cut
+        return text

@@ -324,7 +324,7 @@ def test_objhal_judge_mode(objhal):
         "response_hallucination": 100.0,
         "mention_hallucination": pytest.approx(100 * 2 / 6),
     }
-    with pytest.raises(UserError, match="not a JSON list"):
+    with pytest.raises(UserError, match="no JSON list"):
         score("objhal", answers, objhal, ["dogs and cats"] * 3)
 
 
@@ -518,7 +518,7 @@ def test_another_benchmark_is_one_module(tmp_path, monkeypatch, capsys):
     assert "| answers | 100 |" in (tmp_path / "report.md").read_text()
     with pytest.raises(SystemExit):
         run("run", "--benchmark", "sixth", "--data", tmp_path)
-    assert "objhal, sixth, needs --judge-url and --judge-model" in capsys.readouterr().err
+    assert "needs --judge-url and --judge-model" in capsys.readouterr().err
 
 
 # --- cost -----------------------------------------------------------------------------------------

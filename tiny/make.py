@@ -77,7 +77,7 @@ def build(out, size, seed):
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "base model on amber_val (percent)": rates,
-        "sha256": digests(out),
+        "sha256": digest_of(out),
     }
     write_json(out / "manifest.json", manifest)
     return rates
@@ -100,15 +100,13 @@ def write_records(path, records, files):
     write_lines(path, lines)
 
 
-def digests(folder):
-    """{product: sha256}; a folder's is over its files' names and contents, in order."""
-    found = {}
+def digest_of(folder):
+    """sha256 over the products' names and contents, in order."""
+    digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_file() and name != "manifest.json":
-            digest = found.setdefault(name.split("/")[0], hashlib.sha256())
-            digest.update(name.encode() + path.read_bytes())
-    return {name: digest.hexdigest() for name, digest in found.items()}
+        if path.is_file() and path.name != "manifest.json":
+            digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def main(argv=None):

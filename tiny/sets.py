@@ -53,17 +53,12 @@ def write_amber(folder, scenes, rng):
             note = {"type": AMBER_TYPES[kind], "truth": yes_no(answer).lower()}
             groups[group].append((image, ask(question), note))
 
-    annotations, files = [], {"generative": []}
-    for group, items in groups.items():
-        name = group if group == "generative" else f"discriminative-{group}"
-        files[name] = []
+    annotations, queries = [], []
+    for items in groups.values():
         for image, query, note in items:
             annotations.append({"id": len(annotations) + 1, **note})
-            files[name].append({"id": len(annotations), "image": image, "query": query})
-    files["all"] = sum(files.values(), [])
-    files["discriminative"] = files["all"][len(scenes) :]
-    for name, items in files.items():
-        write_json(folder / "query" / f"query_{name}.json", items)
+            queries.append({"id": len(annotations), "image": image, "query": query})
+    write_json(folder / "query" / "query_all.json", queries)
     write_json(folder / "annotations.json", annotations)
     write_json(folder / "relation.json", {noun: [] for noun in NOUNS})
     write(folder / "safe_words.txt", b"object\nimage")

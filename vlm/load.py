@@ -33,8 +33,7 @@ def check_versions():
     torch.backends.cuda.enable_cudnn_sdp(False)
     for name, oldest in OLDEST.items():
         version = importlib.metadata.version(name)
-        major, minor = version.split(".")[:2]
-        if (int(major), int(minor)) < oldest:
+        if tuple(map(int, version.split(".")[:2])) < oldest:
             raise UserError(
                 f"{name} {version} is older than {oldest[0]}.{oldest[1]}, the oldest that SymMPO "
                 "runs with: pip install -r requirements.txt"
@@ -46,16 +45,11 @@ def load_processor(path):
     from transformers import AutoConfig, AutoProcessor
 
     check_versions()
-    try:
+    with named(f"{path}: no vision-language model could be read there"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         if config.model_type in NOT_READ:
             raise ValueError(f"{config.model_type} is not supported: {NOT_READ[config.model_type]}")
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds
-        text = first_line(error)
-        if "custom code" in str(error):
-            text = "it brings its own code; use the checkpoint for transformers, often named ...-hf"
-        raise UserError(f"{path}: no vision-language model could be read there: {text}") from error
     if not hasattr(processor, "tokenizer"):
         raise UserError(f"{path}: a text model, its processor takes no images")
     if getattr(processor, "patch_size", 0) is None:
@@ -80,7 +74,7 @@ def load_model(path, device=None, dtype=None, four_bit=False):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype is None:
         dtype = torch.bfloat16 if str(device).startswith("cuda") else torch.float32
-    try:
+    with named(f"{path}: the model cannot be loaded"):
         quantization = None
         if four_bit:
             quantization = BitsAndBytesConfig(
@@ -98,8 +92,6 @@ def load_model(path, device=None, dtype=None, four_bit=False):
             quantization_config=quantization,
             device_map={"": device},
         )
-    except Exception as error:  # transformers raises many kinds
-        raise UserError(f"{path}: the model cannot be loaded: {first_line(error)}") from error
     need_all_weights(path, found, ("missing_keys", "mismatched_keys", "unexpected_keys"))
     return model, processor
 
@@ -125,7 +117,7 @@ def load_adapter(model, folder):
     """
     from peft import PeftConfig, PeftModel
 
-    try:
+    with named(f"{folder}: the adapter cannot be loaded"):
         made = Path(folder, "run.json")
         if made.is_file():
             made = json.loads(made.read_text())
@@ -139,8 +131,6 @@ def load_adapter(model, folder):
         adapted = PeftModel.from_pretrained(model, folder).eval()
         need_all_tensors(adapted, folder)
         return adapted
-    except Exception as error:  # JSON, PEFT and safetensors have a kind each
-        raise UserError(f"{folder}: the adapter cannot be loaded: {first_line(error)}") from error
 
 
 def need_all_tensors(adapted, folder):
@@ -234,20 +224,24 @@ def load_encoder(path):
     from transformers import AutoModel, AutoProcessor
 
     check_versions()
-    try:
+    with named(f"{path}: not an image encoder (CLIP, SigLIP, LLaVA)"):
         options = {"trust_remote_code": False, "output_loading_info": True}
         model, found = AutoModel.from_pretrained(path, **options)
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
         image_processor = processor.image_processor
-    except Exception as error:  # transformers raises many kinds
-        raise UserError(
-            f"{path}: not an image encoder (CLIP, SigLIP, LLaVA): {first_line(error)}"
-        ) from error
     need_all_weights(path, found, ("missing_keys", "mismatched_keys"))  # a head may be too many
     model = model.float().requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
     return model, image_processor
 
 
-def first_line(error):
-    """Of a message that may be a page long."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+@contextlib.contextmanager
+def named(what):
+    """Errors of JSON, transformers, PEFT and safetensors, which have a kind each and messages of a
+    page, in one line that says what failed."""
+    try:
+        yield
+    except Exception as error:
+        text = str(error).strip().partition("\n")[0] or type(error).__name__
+        if "custom code" in str(error):
+            text = "it brings its own code; use the checkpoint for transformers, often named ...-hf"
+        raise UserError(f"{what}: {text}") from error

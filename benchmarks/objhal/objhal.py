@@ -70,26 +70,12 @@ def without_speaker(text):
 
 
 def check_reply(text):
-    """The first list of phrases in a reply, whatever stands around it, as JSON; else ValueError."""
-    for place in re.findall(r"\[[^\[\]]*\]", text):
+    """The last list of phrases in a reply, whatever stands around it, as JSON; else ValueError."""
+    for place in reversed(re.findall(r"\[[^\[\]]*\]", text)):
         with contextlib.suppress(ValueError):
-            return json.dumps(phrases_in(place))
+            if all(isinstance(phrase, str) for phrase in json.loads(place)):
+                return place
     raise ValueError(f"no JSON list of objects: {text[:80]!r}")
-
-
-def phrases_in(text):
-    """The phrases in a judge's JSON list, which is the reply or its last line; else ValueError."""
-    places = [text]
-    if '["' in text:
-        places.append(text.strip().split("\n")[-1])
-    for place in places:
-        try:
-            phrases = json.loads(place)
-        except ValueError:
-            continue
-        if isinstance(phrases, list) and all(isinstance(phrase, str) for phrase in phrases):
-            return phrases
-    raise ValueError(f"not a JSON list of objects: {text[:80]!r}")
 
 
 # --- scoring --------------------------------------------------------------------------------------
@@ -130,7 +116,7 @@ def listed(row, reply):
     if is_short(row):
         return []
     try:
-        return phrases_in(reply)
+        return json.loads(check_reply(reply))
     except ValueError as error:
         raise UserError(f"a judgement cannot be read, judge again: {error}") from error
 
