@@ -89,10 +89,10 @@ def generate_on_server(args):
     made["request"] = args.request
     with Answers(args.out, made, questions) as answers:
         requests = []
-        for number, question in enumerate(questions):
-            if number >= answers.count:
-                late = functools.partial(chat_message, question.prompt, question.image)
-                requests.append((number, late))
+        for number in range(answers.count, len(questions)):
+            asked = questions[number]
+            late = functools.partial(chat_message, asked.prompt, asked.image)
+            requests.append((number, late))
         texts = ask_in_order(
             requests,
             answers.path.with_name(f"replies-{made['questions'][:8]}.jsonl"),

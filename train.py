@@ -131,8 +131,8 @@ class Options(symmpo.Weights):
 
 
 # What a resumed run may set anew, and what processes differ in; any other option is another run.
-MAY_CHANGE = ("resume", "out", "save_every", "sample_every", "workers", "cache", "device")
-MAY_CHANGE += ("skip_bad", "max_length", "allow_outside")  # what messages advise
+MAY_CHANGE = "resume out save_every sample_every workers cache device".split()
+MAY_CHANGE += ["skip_bad", "max_length", "allow_outside"]  # what messages advise
 
 # --- policy and reference -------------------------------------------------------------------------
 
