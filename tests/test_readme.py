@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from notebooks.table import markdown
+from benchmarks import report
 
 import symmpo
 import train
@@ -25,7 +25,7 @@ COMMANDS = (  # whose --help is asked
     "-m construct.responses",
     "-m construct.review",
     "-m tiny.make",
-    "-m notebooks.table",
+    "-m papers",
     "-m speed",
 )
 OF_OTHERS = {
@@ -47,8 +47,8 @@ def options():
     found = {}
     for command in COMMANDS:
         name = command.removeprefix("-m ").removesuffix(".py")
-        if name == "speed":
-            name = "speed.__main__"
+        if name in ("speed", "papers"):
+            name = f"{name}.__main__"
         text = io.StringIO()
         with contextlib.redirect_stdout(text), pytest.raises(SystemExit):
             importlib.import_module(name).main(["--help"])

@@ -1,0 +1,289 @@
+"""What the notebooks share: how they look, the exact world of eight captions, fits in it, and
+samples of the tiny LLaVA with bounds on Z. Each notebook says what it uses."""
+
+import random
+import time
+
+import numpy as np
+import torch
+
+import symmpo
+
+# Okabe and Ito's palette, which can be told apart without colour vision.
+BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+PURPLE, GREY = "#CC79A7", "#777777"
+THRESHOLD = np.log(1.5)  # |c| beyond which sigma(-c) is not 1/2 to 20 %
+
+
+def start():
+    """Sets what all pictures look like (legible on a projector); returns the time."""
+    import matplotlib.pyplot as plt
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)  # the tensors are small: a second thread costs more than it brings
+    plt.rcParams.update({"figure.dpi": 80, "font.size": 13, "lines.linewidth": 2})
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
+    plt.rcParams.update({"legend.frameon": False, "figure.constrained_layout.use": True})
+    return time.time()
+
+
+def seconds(started):
+    return round(time.time() - started)
+
+
+# --- the exact world: notebooks 1 and 2 -----------------------------------------------------------
+
+
+class ExactWorld:
+    """Eight images, eight captions: each shows, or names, a subset of {cup, fork, knife}.
+
+    reward (8, 8): +1 for a true object, -1 for a false one. ref (8, 8): log pi_ref(y|m) of a model
+    that captions decently and adds a knife to a fork. optimal: log pi*; c[m, m']: the offset.
+    """
+
+    def __init__(self, beta):
+        self.beta = beta
+        sets = torch.tensor([[i >> 2 & 1, i >> 1 & 1, i & 1] for i in range(8)]).double()
+        self.labels = ["∅", "k", "f", "fk", "c", "ck", "cf", "cfk"]
+        self.size = sets.sum(-1)  # objects in each image
+        shown, named = sets[:, None].bool(), sets[None]  # image, caption
+        p = torch.where(shown, torch.tensor([0.85, 0.80, 0.75]), torch.tensor([0.15, 0.10, 0.10]))
+        p = p.double()
+        p[:, :, 2][shown[:, :, 1] & ~shown[:, :, 2]] = 0.6  # a fork, so surely a knife?
+        self.ref = (named * p.log() + (1 - named) * (1 - p).log()).sum(-1)
+        self.reward = (named * (2.0 * shown - 1)).sum(-1)
+        self.log_z = symmpo.log_partition(self.ref, self.reward, beta)
+        self.optimal = self.ref + self.reward / beta - self.log_z[:, None]
+        self.c = symmpo.partition_offset(self.log_z[:, None], self.log_z[None], beta)
+
+    def log_ratios(self, theta):
+        """rho(m, y) of the policy softmax(log pi_ref + theta), for any leading dimensions."""
+        return theta - torch.logsumexp(self.ref + theta, -1, keepdim=True)
+
+
+class Comparisons:
+    """Every comparison of the exact world, and the four losses of them.
+
+    A loss is a function of rho (..., 8, 8) that gives (..., comparisons, outcomes); `outcomes` has
+    the probability of each outcome by a Bradley-Terry annotator. kappa scales every offset c and
+    leaves pi* as it is: (1 - kappa) beta log Z(m) is taken from all rewards of image m.
+    """
+
+    def __init__(self, world):
+        self.world = world
+        low, high = np.triu_indices(8, 1)  # the 28 unordered pairs of eight things
+        one, many = np.arange(8), len(low)
+        self.m, self.a, self.b = np.repeat(one, many), np.tile(low, 8), np.tile(high, 8)
+        self.i, self.j, self.y = np.repeat(low, 8), np.repeat(high, 8), np.tile(one, many)
+        self.p, self.q = np.repeat(low, many), np.repeat(high, many)
+        self.s, self.t = np.tile(low, many), np.tile(high, many)
+
+    def dpo(self, rho):
+        """Two captions, one image."""
+        a, b, beta = rho[..., self.m, self.a], rho[..., self.m, self.b], self.world.beta
+        return torch.stack([symmpo.dpo_m(a, b, beta), symmpo.dpo_m(b, a, beta)], -1)
+
+    def vco(self, kappa):
+        """One caption, two images; kappa 0 drops the offset: CoPO."""
+        c, beta = kappa * self.world.c[self.i, self.j], self.world.beta
+
+        def losses(rho):
+            a, b = rho[..., self.i, self.y], rho[..., self.j, self.y]
+            return torch.stack([symmpo.vco(a, b, beta, c), symmpo.vco(b, a, beta, -c)], -1)
+
+        return losses
+
+    def pair(self, rho):
+        """Two captions under two images: (a under m, b under m'), (a, a), (b, b), (b, a)."""
+        a, b = rho[..., self.p, self.s], rho[..., self.p, self.t]
+        a_, b_, beta = rho[..., self.q, self.s], rho[..., self.q, self.t], self.world.beta
+        four = (a, b, b_, a_), (a, b, a_, b_), (b, a, b_, a_), (b, a, a_, b_)
+        return torch.stack([symmpo.pair(*cells, beta) for cells in four], -1)
+
+    def outcomes(self, kappa):
+        """{"response", "image", "both"}: probabilities with a total of 1."""
+        world = self.world
+        r = world.reward - (1 - kappa) * world.beta * world.log_z[:, None]
+        response = torch.sigmoid(r[self.m, self.a] - r[self.m, self.b])
+        image = torch.sigmoid(r[self.i, self.y] - r[self.j, self.y])
+        a = torch.sigmoid(r[self.p, self.s] - r[self.p, self.t])
+        b = torch.sigmoid(r[self.q, self.t] - r[self.q, self.s])
+        found = {
+            "response": torch.stack([response, 1 - response], -1),
+            "image": torch.stack([image, 1 - image], -1),
+            "both": torch.stack([a * b, a * (1 - b), (1 - a) * b, (1 - a) * (1 - b)], -1),
+        }
+        return {name: table / len(table) for name, table in found.items()}
+
+    def methods(self, kappa):
+        """{name: (losses, probabilities of their outcomes)}"""
+        found = self.outcomes(kappa)
+        return {
+            "DPO": (self.dpo, found["response"]),
+            "Pair": (self.pair, found["both"]),
+            "VCO, offset kept": (self.vco(kappa), found["image"]),
+            "CoPO, offset dropped": (self.vco(0), found["image"]),
+        }
+
+    def fit(self, losses, share, prior=0.0, tolerance=1e-10):
+        """rho that minimises the losses weighted by share (..., comparisons, outcomes); a leading
+        index is a fit of its own. prior: precision of a Gaussian prior on rho."""
+        theta = torch.zeros(*share.shape[:-2], 8, 8, dtype=torch.float64, requires_grad=True)
+        options = {"max_iter": 600, "history_size": 50, "line_search_fn": "strong_wolfe"}
+        lbfgs = torch.optim.LBFGS([theta], tolerance_grad=tolerance, tolerance_change=0, **options)
+
+        def closure():
+            lbfgs.zero_grad()
+            rho = self.world.log_ratios(theta)
+            loss = (share * losses(rho)).sum() + prior / 2 * rho.pow(2).sum()
+            loss.backward()
+            return loss
+
+        lbfgs.step(closure)
+        assert theta.grad.abs().max() < 1e-6, "not converged"
+        return self.world.log_ratios(theta.detach())
+
+    def errors(self, rho):
+        """(KL(pi* || pi) in nats, mean over images; RMS error of reward differences)."""
+        w = self.world
+        kl = (w.optimal.exp() * (w.optimal - w.ref - rho)).sum(-1).mean(-1)
+        gap = w.beta * rho - w.reward
+        gap = gap[..., self.m, self.a] - gap[..., self.m, self.b]
+        return kl, gap.pow(2).mean(-1).sqrt()
+
+
+# --- the tiny LLaVA: notebook 3 -------------------------------------------------------------------
+
+
+def contrasts(record, others, root):
+    """{kind: (contrast image, the objects that are true of it)} for a caption record.
+
+    On a crop an object is true if half of its cell is left; on noise and black nothing is.
+    """
+    from PIL import Image
+
+    from support.images import CROP, CROP_LARGE, crop, noise, open_image
+    from tiny.world import CELL, mentioned
+
+    image, objects = open_image(record["image"], root), mentioned(record["chosen"])
+    seed = f"{record['image']} {record['rejected']}"
+    other = random.Random(seed).choice(others)
+    made = open_image(record["contrast_image"], root), mentioned(record["contrast_chosen"])
+    found = {record["kind"]: made}
+    found["random"] = open_image(other["image"], root), mentioned(other["chosen"])
+    atlas = Image.new("L", image.size)  # each pixel says which cell it is in
+    for cell in range(9):
+        left, top = cell % 3 * CELL, cell // 3 * CELL
+        atlas.paste(cell, (left, top, left + CELL, top + CELL))
+    where = cells_of(image, objects)
+    for kind, keep in (("crop 20–50 %", CROP_LARGE), ("crop 1–20 %", CROP)):
+        seen = crop(atlas, random.Random(seed), keep).tobytes()  # the same crop of the atlas
+        there = [noun for cell, noun in where.items() if seen.count(cell) >= CELL * CELL // 2]
+        found[kind] = crop(image, random.Random(seed), keep), there
+    found["noise"] = noise(image, random.Random(seed), 500), []
+    found["black"] = Image.new("RGB", image.size), []
+    return found
+
+
+def cells_of(image, objects):
+    """{cell: noun}: an object's shape is what differs from its cell's last pixel."""
+    from tiny.world import CELL, draw
+
+    def shape(picture, cell):
+        left, top = cell % 3 * CELL, cell // 3 * CELL
+        pixels = np.asarray(picture.crop((left, top, left + CELL, top + CELL)))
+        return (pixels != pixels[-1, -1]).any(-1).tobytes()
+
+    known = {}
+    for noun in objects:
+        for look in range(40):
+            drawn = draw({"look": look, "cells": {4: (noun, "red")}})
+            known[shape(drawn, 4)] = noun
+    shapes = {cell: shape(image, cell) for cell in range(9)}
+    return {cell: known[found] for cell, found in shapes.items() if any(found)}
+
+
+@torch.no_grad()
+def sample(model, prompts, image, prompt, n, rng, longest=40):
+    """n responses of the model at temperature 1: (texts, counts, log-probs), distinct ones once.
+
+    Samples that agree up to some word share its distribution: each distinct beginning is carried
+    once, with the number of samples that it stands for, which multinomial draws divide.
+    """
+    out = model(**prompts.encode([prompt], [image]), use_cache=True)
+    counts, logps, said = np.array([n]), np.zeros(1), [[]]
+    texts, text_counts, text_logps = [], [], []
+    for position in range(longest):
+        step = torch.log_softmax(out.logits[:, -1].double(), -1).numpy()
+        p = np.exp(step)
+        drawn = rng.multinomial(counts, p / p.sum(-1, keepdims=True))
+        rows, tokens = drawn.nonzero()
+        counts, logps = drawn[rows, tokens], logps[rows] + step[rows, tokens]
+        said = [[*said[row], token] for row, token in zip(rows, tokens)]
+        done = (tokens == prompts.end_token) | (position == longest - 1)
+        for k in done.nonzero()[0]:
+            texts.append(prompts.tokenizer.decode(said[k], skip_special_tokens=True).strip())
+            text_counts.append(counts[k])
+            text_logps.append(logps[k])
+        on = (~done).nonzero()[0]
+        if not len(on):
+            break
+        counts, logps, said = counts[on], logps[on], [said[k] for k in on]
+        out.past_key_values.batch_select_indices(torch.tensor(rows[on]))
+        more = torch.tensor(tokens[on])[:, None]
+        out = model(input_ids=more, past_key_values=out.past_key_values, use_cache=True)
+    return texts, torch.tensor(np.array(text_counts)), torch.tensor(np.array(text_logps))
+
+
+def caption_reward(text, objects):
+    """True objects named, minus false and repeated ones."""
+    from tiny.world import mentioned
+
+    named = mentioned(text)
+    true = len(set(named) & set(objects))
+    return true - (len(named) - true)
+
+
+def log_z_of(samples, objects, beta):
+    """(Monte-Carlo log Z, lower bound, upper bound, effective samples).
+
+    With S the distinct samples and P(S) their probability, Z is at least their part of the sum, and
+    at most that and (1 - P(S)) exp(r_max / beta): no caption earns more than all its objects.
+    """
+    texts, counts, logps = samples
+    rewards = torch.tensor([caption_reward(text, objects) for text in texts]).double()
+    every = rewards.repeat_interleave(counts)
+    value, _ = symmpo.log_partition_mc(every, beta)
+    low = symmpo.log_partition(logps, rewards, beta)
+    rest = torch.log((1 - logps.exp().sum()).clamp(min=1e-12))
+    high = torch.logaddexp(low, rest + len(objects) / beta)
+    weights = torch.softmax(every / beta, -1)
+    return value.item(), low.item(), high.item(), (1 / weights.pow(2).sum()).item()
+
+
+# --- tokens and cells as coloured strips: notebook 4 ----------------------------------------------
+
+
+def strip(axis, values, rows, columns, limit):
+    """Numbers on a purple (positive) to orange (negative) strip, written where they are not 0."""
+    axis.imshow(values, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto")
+    for (i, j), value in np.ndenumerate(values):
+        if abs(value) >= 0.05:
+            colour = "white" if abs(value) > 0.6 * limit else "black"
+            axis.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=10, color=colour)
+    axis.set_yticks(range(len(rows)), rows)
+    axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right", fontsize=11)
+
+
+def mask_picture(axis, visible, branch, titles):
+    """Who sees whom in a packed row: query down, key across, a colour for each branch."""
+    shades = np.ones((*visible.shape, 3)) * 0.95
+    palette = ((0.5, 0.5, 0.5), (0, 0.45, 0.7), (0.9, 0.62, 0), (0, 0.62, 0.45))
+    for k, colour in enumerate(palette):
+        shades[(branch[:, None] == k) & visible] = colour
+    axis.imshow(shades, interpolation="none")
+    middles = [np.flatnonzero(branch == k).mean() for k in range(len(titles))]
+    axis.set_xticks(middles, titles)
+    axis.set_yticks(middles, titles)
+    axis.set(xlabel="key: the token that is seen", ylabel="query: the token that looks")
