@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 import symmpo
+from support.files import write_lines  # noqa: F401 - the notebooks write records with it
 
 # Okabe and Ito's palette, which can be told apart without colour vision.
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -287,3 +288,120 @@ def mask_picture(axis, visible, branch, titles):
     axis.set_xticks(middles, titles)
     axis.set_yticks(middles, titles)
     axis.set(xlabel="key: the token that is seen", ylabel="query: the token that looks")
+
+
+# --- training: notebooks 5 and 6 ------------------------------------------------------------------
+
+
+def train_quietly(flags, out, **settings):
+    """A run of train.py's own loop with these options: (run, lines of its metrics.jsonl)."""
+    import contextlib
+    import io
+    from pathlib import Path
+
+    import train
+    from support.files import whole_lines
+
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        options = train.read_options([*flags.split(), "--out", str(out)])
+        for name, value in settings.items():
+            setattr(options, name, value)
+        options.cache = str(Path(out).parent / "reference")
+        run, _ = train.train(options)
+    return run, whole_lines(Path(out, "metrics.jsonl"))
+
+
+def examine(model, prompts, folder):
+    """Percent on AMBER's captions: {"CHAIR", "Cover"} greedy, and " T=1" sampled; and captions."""
+    import contextlib
+    import io
+
+    from benchmarks.amber import amber
+    from benchmarks.answers import answer
+    from benchmarks.common import Settings
+
+    settings, found = Settings(dimension="g"), {}
+    questions = amber.questions(folder, settings)
+    for name, temperature in (("", 0.0), (" T=1", 1.0)):
+        how = {"batch_size": 120, "max_new_tokens": 40, "temperature": temperature}
+        with contextlib.redirect_stderr(io.StringIO()):
+            texts = list(answer(model, prompts, questions, **how))
+        answers = [{**q.record, "response": text} for q, text in zip(questions, texts)]
+        scores = amber.score(answers, folder, settings)[0]["generative"]
+        found |= {f"CHAIR{name}": scores["CHAIR"], f"Cover{name}": scores["Cover"]}
+        found[f"captions{name}"] = texts
+    return found
+
+
+def job(task):
+    """For a pool of processes. task: (flags, folder of the run, test folder, settings)."""
+    flags, out, folder, settings = task
+    run, log = train_quietly(flags, out, **settings)
+    return {"log": log, **examine(run.policy.eval(), run.prompts, folder)}
+
+
+def train_all(tasks, processes=2):
+    """The jobs' results, in order, two at a time."""
+    import multiprocessing
+
+    with multiprocessing.get_context("fork").Pool(processes) as pool:
+        return pool.map(job, tasks, chunksize=1)
+
+
+def write_caption(axis, phrases, objects):
+    """A caption phrase by phrase: false objects red, bold, marked; what is missing in brackets."""
+    from tiny.world import mentioned
+
+    axis.axis("off")
+    lines = [(phrase, set(mentioned(phrase)) - set(objects)) for phrase in phrases]
+    named = {noun for phrase in phrases for noun in mentioned(phrase)}
+    for k, (phrase, false) in enumerate(lines):
+        style = {"color": RED, "weight": "bold"} if false else {"color": "black"}
+        text = f"✗ {phrase}" if false else phrase
+        axis.text(0, 0.95 - 0.17 * k, text, va="top", transform=axis.transAxes, **style)
+    for k, noun in enumerate(sorted(set(objects) - named), len(lines)):
+        axis.text(0, 0.95 - 0.17 * k, f"({noun})", va="top", color=GREY, transform=axis.transAxes)
+
+
+# --- a server of one's own: notebook 6 ------------------------------------------------------------
+
+
+def serve(reply):
+    """The address of an OpenAI-compatible server in this process; reply(text, image or None) gives
+    the answer to a request's text and PIL image."""
+    import base64
+    import io
+    import json
+    import threading
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    from PIL import Image
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+        def do_POST(self):
+            size = int(self.headers["Content-Length"])
+            content = json.loads(self.rfile.read(size))["messages"][-1]["content"]
+            text, image = "", None
+            for part in content:
+                if part["type"] == "text":
+                    text = part["text"]
+                else:
+                    raw = base64.b64decode(part["image_url"]["url"].partition(",")[2])
+                    image = Image.open(io.BytesIO(raw))
+            message = {"role": "assistant", "content": reply(text, image)}
+            choice = {"index": 0, "finish_reason": "stop", "message": message}
+            answer = {"id": "1", "object": "chat.completion", "created": 0, "model": "m"}
+            data = json.dumps({**answer, "choices": [choice]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return f"http://127.0.0.1:{server.server_port}/v1"

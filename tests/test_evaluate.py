@@ -5,6 +5,7 @@ import functools
 import io
 import itertools
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from benchmarks.answers import answer, before_and_after, measure
 from benchmarks.common import Question, Settings, image_file, read
 from conftest import ROOT, TINY
 from support.cli import UserError
+from support.text import Text
 from vlm.load import load_adapter, load_model
 from vlm.prompts import Prompts
 
@@ -1107,3 +1109,9 @@ def test_more_fields_go_into_each_request(serve, tmp_path):
     command = ["judge", "--benchmark", "hallusionbench", "--out", tmp_path, "--judge-url", url]
     run(*command, "--judge-model", "j", "--request", '{"reasoning_effort": "low"}')
     assert bodies[0]["reasoning_effort"] == "low" and bodies[0]["temperature"] == 0
+
+
+def test_a_text_knows_that_it_was_cut_also_in_another_process():
+    text = pickle.loads(pickle.dumps(Text("a cup and", cut=True)))
+    assert text == "a cup and" and text.cut
+    assert Text("a cup").cut is False

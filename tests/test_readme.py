@@ -8,7 +8,6 @@ import re
 
 import pytest
 import torch
-from benchmarks import report
 
 import symmpo
 import train
