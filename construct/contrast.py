@@ -2,7 +2,7 @@
 
     python -m construct.contrast images/ --out images/pairs.jsonl --kind clip
 
-crop (mDPO's) and clip (SymMPO's) are made by data.py; the others are for comparison (notebook 4).
+crop (mDPO's) and clip (SymMPO's) are made by data.py; the others are for comparison (notebook 6).
 Pictures that you made yourself (synthetic, in SymMPO's Fig. 4) need no command: name them
 contrast_image in the records.
 """

@@ -405,3 +405,28 @@ def serve(reply):
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return f"http://127.0.0.1:{server.server_port}/v1"
+
+
+# --- which cells a loss compares: notebook 0 ------------------------------------------------------
+
+
+def draw_comparisons(axis, name, slope, pairs):
+    """An objective's cells: green + where the loss raises a log-ratio, red – where it lowers it; a
+    line joins cells that stand in one sigmoid, dashed red across two images."""
+    for a, b in pairs:
+        style = {"arrowstyle": "-", "lw": 2, "color": "black"}
+        if abs(a - b) == 2:
+            style["connectionstyle"] = "arc3,rad=-0.5"  # around the cell between them
+        if a // 3 != b // 3:
+            style |= {"color": "#c0392b", "ls": "--"}
+        axis.annotate("", (b % 3, b // 3), (a % 3, a // 3), arrowprops=style, zorder=2)
+    for image, response in symmpo.OBJECTIVES[name].cells:
+        raised = slope[3 * image + response] < 0
+        box = {"boxstyle": "square,pad=0.5", "color": "#a8d5ba" if raised else "#efb8b0"}
+        sign = "+" if raised else "–"
+        axis.text(response, image, sign, bbox=box, ha="center", va="center", size=13, zorder=3)
+    axis.set(xlim=(-0.6, 2.6), ylim=(1.6, -0.6), title=name)
+    axis.set_xticks(range(3), ["$y_w$", "$y_l$", "$y'_w$"])
+    axis.set_yticks(range(2), ["$m$", "$m'$"])
+    axis.tick_params(length=0)
+    axis.spines[:].set_color("#cccccc")
