@@ -34,7 +34,7 @@ def main(argv=None):
             if cell["cell_type"] == "code":
                 cell["outputs"], cell["execution_count"] = [], None
         (out / path.name).write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
-    print(f"{out}: blank copies; open them in a checkout, or beside symmpo.py")
+    print(f"{out}: blank copies; they are run inside a checkout, whose files they use")
 
 
 if __name__ == "__main__":

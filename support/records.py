@@ -77,7 +77,9 @@ class JsonList(Numbered):
         try:
             self.starts = json.loads(text)
         except ValueError as error:
-            raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from error
+            raise UserError(
+                f"{path}:{error.lineno}: not valid JSON: {error.msg}, column {error.colno}"
+            ) from error
 
     def read(self, i):
         return copy.copy(self.starts[i])
