@@ -85,8 +85,8 @@ def generate_on_server(args):
     from support.http import shown
 
     questions, made = ask(args)
-    made |= {"name": args.model, "model": args.model, "server": shown(args.server)}
-    made["request"] = args.request
+    made |= {"name": args.model, "model": args.model, "request": args.request}
+    made["server"] = shown(args.server)
     with Answers(args.out, made, questions) as answers:
         requests = []
         for number in range(answers.count, len(questions)):
@@ -149,8 +149,7 @@ def score_files(args, answers, judgements, out):
             model = raw[0].get("model")
     result |= score(args.benchmark, read(answers), args.data, settings_of(args, replies))
     if result["doubtful"]:
-        text = f"note: of {result['n']} answers: {result['doubts']}; look at {answers}"
-        print(text, file=sys.stderr)
+        print(f"note: {result['doubts']} of {result['n']}; look at {answers}", file=sys.stderr)
     result["judge"] = model
     result["date"] = datetime.date.today().isoformat()
     write_json(out, result)

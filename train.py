@@ -211,7 +211,7 @@ def prepare(options):
     )
 
 
-def policy_table(run, rows, records, packed=True):
+def policy_table(run, rows, records):
     """(3, 3, records) log-probs, nats, of whatever the adapter makes of the model now.
 
     With the adapter on this is log pi_theta, with gradients; `reference_table` calls it with the
@@ -224,7 +224,7 @@ def policy_table(run, rows, records, packed=True):
     tokens_per_forward = 2048 if on_cuda else 0
     mixed = on_cuda and options.dtype == "bfloat16"
     with mixed_precision(run.policy, mixed, options.grad_checkpointing):
-        packed = packed and not options.no_share_prefix
+        packed = not options.no_share_prefix
         return logp_table(run.policy, rows, records, packed, tokens_per_forward)
 
 
@@ -289,25 +289,25 @@ def compute_loss(run, examples):
 
 
 def verify(run, example, start):
-    """Before the loop, on one record: sharing the prefix changes nothing, the cache holds what this
-    model computes, and at the very start, where the adapter is zero, policy = reference and the
-    loss is its closed form."""
+    """Before the loop, on one record: the cache holds what this model computes; at the very start,
+    where the adapter is zero, policy = reference and the loss is its closed form; and sharing the
+    prefix changes nothing."""
     rows, _ = rows_of([example])
-    if not run.options.no_share_prefix:
-        run.policy.eval()  # dropout is not what this is about
-        with torch.no_grad():
-            shared = policy_table(run, rows, records=1)
-            plain = policy_table(run, rows, records=1, packed=False)
-        run.policy.train()
-        what = "with a shared prefix and without it, log-probs"
-        off = need_same(shared, plain, rows, run.options.dtype, what)
-        print(f"step {start:<7}sharing the prefix changes log-probs by {off:.1g} nats")
-    if not run.objective.reference:
-        print(f"step {start:<7}{run.options.objective} reads no reference: nothing to compare")
+    if run.objective.reference:
+        fresh = verify_cache(run, example)
+        if start == 0:
+            verify_start(run, rows, fresh)
+    if run.options.no_share_prefix:
         return
-    fresh = verify_cache(run, example)
-    if start > 0:
-        return
+    apart = dataclasses.replace(run, options=dataclasses.replace(run.options, no_share_prefix=True))
+    with torch.no_grad(), run.policy.disable_adapter():  # its dropout is not what this is about
+        shared, plain = policy_table(run, rows, 1), policy_table(apart, rows, 1)
+    what = "with a shared prefix and without it, log-probs"
+    off = need_same(shared, plain, rows, run.options.dtype, what)
+    print(f"step {start:<7}sharing the prefix changes log-probs by {off:.1g} nats")
+
+
+def verify_start(run, rows, fresh):
     policy = policy_table(run, rows, records=1).detach()  # as the loop computes it
     what = "before the first step, policy and reference"
     rho = need_same(policy, fresh, rows, run.options.dtype, what)

@@ -46,10 +46,8 @@ def judge_text(reply):
     """The text of a judge's reply: itself, a line of judgements.jsonl, or a chat completion."""
     try:
         if isinstance(reply, dict):
-            if "text" in reply:
-                reply = reply["text"]
-            else:
-                reply = reply["choices"][0]["message"]["content"]
+            there = "text" in reply
+            reply = reply["text"] if there else reply["choices"][0]["message"]["content"]
     except (LookupError, TypeError) as error:
         raise UserError(f"judgements are texts or chat completions: {error}") from error
     if not isinstance(reply, str | None):

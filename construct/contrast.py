@@ -29,12 +29,12 @@ MADE = {
     "noise": lambda image, rng, args: noise(image, rng, args.step),
     "moco": lambda image, rng, args: moco(image, rng),
 }
-TAKEN = ("random", "clip")  # kinds that take another record's image
 
 
 def choose(args, given):
-    """{path of an image: (its contrast image, cosine or None)} for the kinds in TAKEN; an image for
-    which no other will do is left out. given: (fields, files) of each record."""
+    """{path of an image: (its contrast image, cosine or None)} for the kinds that take another
+    record's image; one for which no other will do is left out. given: (fields, files) of each
+    record."""
     group_of = {}
     for fields, files in given:
         group_of[files["image"]] = str(fields.get(args.group, files["image"]))
@@ -75,7 +75,7 @@ def contrast(args):
     given = [with_files(records, i, folder / "given", args.allow_outside) for i in numbers]
     folder.mkdir(parents=True, exist_ok=True)
 
-    chosen = choose(args, given) if args.kind in TAKEN else {}
+    chosen = {} if args.kind in MADE else choose(args, given)
     lines = []
     for number, (fields, files) in enumerate(tqdm(given, desc=args.kind, unit=" records")):
         image = files["image"]
@@ -105,7 +105,7 @@ def main(argv=None):
     add = parser.add_argument
     add_data_options(parser, "folder of images, record file, folder of them, or quoted glob")
     add("--out", required=True, help="FILE.jsonl beside the images; made pictures go to FILE/")
-    add("--kind", default="clip", choices=(*MADE, *TAKEN))
+    add("--kind", default="clip", choices=(*MADE, "random", "clip"))
     add("--seed", type=int, default=0)
     add("--encoder", default="openai/clip-vit-large-patch14-336", help="for clip")
     add("--min-sim", type=float, default=-1.0, help="clip: least cosine of a neighbour")

@@ -132,7 +132,7 @@ def options(argv):
     add = parser.add_argument
     add("--quick", action="store_true", help="small model, few rounds")
     add("--json", action="store_true", help="the summary as the last line")
-    add("--only", nargs="+", choices=PARTS, default=list(PARTS), help="some parts")
+    add("--only", nargs="+", choices=PARTS, default=[*PARTS], help="some parts")
     add("--cuda", action="store_true", help="on a GPU, in bf16")
     add("--size", choices=SIZES, help="default: quick with --quick, else mid")
     add("--rounds", type=within(1), help="timed rounds (default 3 with --quick, else 9)")

@@ -1042,7 +1042,7 @@ def test_what_is_empty_cut_unclear_or_thought_aloud_is_counted_and_marked(tmp_pa
         "--out",
         tmp_path / "m.json",
     )
-    assert "note: of 15 answers: {'empty': 3" in capsys.readouterr().err
+    assert "note: {'empty': 3" in capsys.readouterr().err
     run("report", tmp_path / "m.json", "--out", tmp_path)
     assert "| answers (!) | 60 |" in (tmp_path / "report.md").read_text()
 

@@ -278,9 +278,9 @@ def test_reference_is_computed_once(fit, monkeypatch):
     counts = []
     real = train.policy_table
 
-    def counting(run, rows, records, packed=True):
+    def counting(run, rows, records):
         counts.append(torch.is_grad_enabled())
-        return real(run, rows, records, packed)
+        return real(run, rows, records)
 
     monkeypatch.setattr(train, "policy_table", counting)
     fit("--steps", 6)

@@ -64,7 +64,7 @@ def check_reply(text):
 
 
 def is_clear(text):
-    return re.search(r"\b(yes|no)\b", text.lower()) is not None
+    return bool(re.search(r"\b(yes|no)\b", text.lower()))
 
 
 def score(answers, folder, settings):

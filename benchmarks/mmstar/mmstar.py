@@ -44,7 +44,7 @@ def questions(folder, settings):
 
 def is_clear(text):
     """Does it name one letter? "The answer is B" has an a, too, which protocol symmpo reads."""
-    return re.fullmatch(r"[\W_]*[a-d]\b.*", text.lower(), re.DOTALL) is not None
+    return bool(re.fullmatch(r"(?s)[\W_]*[a-d]\b.*", text.lower()))
 
 
 def score(answers, folder, settings):
