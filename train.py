@@ -297,6 +297,8 @@ def verify(run, example, start):
         fresh = verify_cache(run, example)
         if start == 0:
             verify_start(run, rows, fresh)
+    else:
+        print(f"step {start:<7}{run.options.objective} reads no reference: nothing to compare")
     if run.options.no_share_prefix:
         return
     apart = dataclasses.replace(run, options=dataclasses.replace(run.options, no_share_prefix=True))

@@ -22,7 +22,7 @@ from support.cli import UserError
 
 NAMES = ("amber", "hallusionbench", "mmhal", "mmstar", "objhal")
 BENCHMARKS = {name: importlib.import_module(f"benchmarks.{name}.{name}") for name in NAMES}
-DOUBTS = ("empty", "cut by the token limit", "unclear", "judgement unreadable")
+DOUBTS = ("empty or given up", "cut by the token limit", "unclear", "judgement unreadable")
 MOST_DOUBTFUL = 0.02  # share of the answers above which a row is marked
 
 
@@ -74,7 +74,7 @@ def without_thinking(answers, module):
             if "</think>" in text:
                 found["thinking"] += 1
                 answer = {**answer, module.ANSWER: said}
-            found["empty"] += not said
+            found["empty or given up"] += not said
             found["cut by the token limit"] += answer.get("cut", False)
             if hasattr(module, "is_clear"):
                 found["unclear"] += not module.is_clear(said)

@@ -53,8 +53,7 @@ def published(size, model):
     for known in sizes:
         if size is None and f"llava-1.5-{known}" in model.lower():
             size = known
-    rows = sizes.get(size, {})
-    return {name: {heading: [row[heading]] for heading in row} for name, row in rows.items()}
+    return sizes.get(size, {})
 
 
 def table(rows, headings):

@@ -1024,7 +1024,7 @@ def test_what_is_empty_cut_unclear_or_thought_aloud_is_counted_and_marked(tmp_pa
     found = score("mmstar", rows, tmp_path)
     assert found["thinking, not scored"] == 3
     assert found["doubts"] == {
-        "empty": 3,
+        "empty or given up": 3,
         "cut by the token limit": 1,
         "unclear": 6,  # the empty ones, and the sentences, which have other letters first
         "judgement unreadable": 0,
@@ -1042,7 +1042,7 @@ def test_what_is_empty_cut_unclear_or_thought_aloud_is_counted_and_marked(tmp_pa
         "--out",
         tmp_path / "m.json",
     )
-    assert "note: {'empty': 3" in capsys.readouterr().err
+    assert "note: {'empty or given up': 3" in capsys.readouterr().err
     run("report", tmp_path / "m.json", "--out", tmp_path)
     assert "| answers (!) | 60 |" in (tmp_path / "report.md").read_text()
 
