@@ -404,10 +404,10 @@ def check(args):
     records, prompts = Records(args.data, args.image_root, args.fields), None
     if args.model:
         from vlm.load import load_processor
-        from vlm.prompts import Prompts, prompt_format
+        from vlm.prompts import prompts_for
 
         config, processor = load_processor(args.model)
-        prompts = Prompts(processor, prompt_format(config, processor, args.prompt_format))
+        prompts = prompts_for(config, processor, args.prompt_format)
     elif args.show is not None:
         raise UserError("--show needs --model: a record is shown as that model sees it")
     survey = Survey(prompts, args)

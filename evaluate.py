@@ -41,7 +41,7 @@ def generate(args):
     if args.server:
         return generate_on_server(args)
     from vlm.load import fingerprint, load_adapter, load_model  # torch: only where a model answers
-    from vlm.prompts import Prompts, prompt_format
+    from vlm.prompts import prompts_for
 
     for adapter in args.adapter:
         if not Path(adapter, "adapter_config.json").is_file():
@@ -52,7 +52,7 @@ def generate(args):
     if args.temperature > 0:
         made["batch_size"] = args.batch_size  # a batch is sampled together
     base, processor = load_model(args.model)
-    prompts = Prompts(processor, prompt_format(base.config, processor, args.prompt_format))
+    prompts = prompts_for(base.config, processor, args.prompt_format, args.square)
     base_hash = fingerprint(args.model)
     files = []
     rows = args.adapter if len(args.adapter) == 1 else [None, *args.adapter]
@@ -66,6 +66,7 @@ def generate(args):
             "adapter": adapter,
             "adapter_hash": fingerprint(adapter) if adapter else None,
             "prompt_format": prompts.form,
+            "square": args.square,
         }
         folder = Path(args.out, name) if len(args.adapter) > 1 else Path(args.out)
         with Answers(folder, made, questions) as answers:
@@ -203,6 +204,7 @@ def parse_args(argv=None):
     add("--temperature", type=within(0, kind=float), default=0.0, help="0: deterministic")
     add("--seed", type=int, default=0)
     add("--prompt-format", choices=("auto", "vicuna", "chat"), default="auto")
+    add("--square", choices=("auto", "pad", "crop"), default="auto", help="see vlm/prompts.py")
     add("--server", help="instead of a model: an OpenAI-compatible server, http://host:8000/v1")
     # who judges, and what is scored
     add("--judge-url", help="the judge's OpenAI-compatible server; the key is OPENAI_API_KEY")

@@ -37,7 +37,7 @@ from vlm.exact import need_packable, need_same
 from vlm.generate import generate
 from vlm.load import add_lora, config_hash, fingerprint, load_model, mixed_precision
 from vlm.logprobs import add_image_features, logp_table, response_lengths
-from vlm.prompts import Prompts, prompt_format
+from vlm.prompts import Prompts, prompts_for
 
 TINY = Path(__file__).resolve().parent / "tiny"
 
@@ -76,6 +76,7 @@ class Options(symmpo.Weights):
     lora_dropout: float = option(0.0, "0, since the reference has none")
     max_length: int = option(2048, "tokens of image, prompt and response", above_0=True)
     prompt_format: str = option("auto", "auto: vicuna for LLaVA-1.5", ("auto", "vicuna", "chat"))
+    square: str = option("auto", "of pictures, for vlm.convert's models", ("auto", "pad", "crop"))
     dtype: str = option("auto", "of the base; auto: bf16 on CUDA", ("auto", "bfloat16", "float32"))
     load_4bit: bool = option(False, "NF4 base weights (CUDA, bitsandbytes): for cards of 24 GB")
     device: str = option("auto", "auto: CUDA when there is one", ("auto", "cuda", "cpu"))
@@ -173,8 +174,8 @@ def prepare(options):
         torch.set_num_threads(1)  # matrices too small to be shared between threads
     if not options.no_share_prefix:
         need_packable(model, options.max_length)
-    form = prompt_format(model.config, processor, options.prompt_format)
-    examples.prompts = Prompts(processor, form)
+    given = model.config, processor, options.prompt_format, options.square
+    examples.prompts = prompts_for(*given, in_training=True)
 
     left_out = {}
     held, samples = held_out(options.eval_data, examples.prompts, options, left_out)

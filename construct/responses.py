@@ -37,7 +37,7 @@ from support.images import open_image
 from support.records import Records, add_data_options, need_other, with_files
 from vlm.generate import generate
 from vlm.load import fingerprint, load_model
-from vlm.prompts import Prompts, prompt_format
+from vlm.prompts import prompts_for
 
 VERSION = 2  # of the texts in prompts/
 SAMPLING = {
@@ -235,7 +235,7 @@ def answer_locally(requests, log, path, temperature, max_tokens, batch=8):
     """The same from a transformers model. A batch is seeded by its requests, and sampled again
     whole if a killed run left it incomplete: the same texts."""
     model, processor = load_model(path)
-    prompts = Prompts(processor, prompt_format(model.config, processor))
+    prompts = prompts_for(model.config, processor)
     weights, ids = fingerprint(path), list(requests)
     with ReplyLog(log) as kept:
         for i in tqdm(range(0, len(ids), batch), desc=Path(log).stem, unit=" batches"):

@@ -49,7 +49,9 @@ def load_processor(path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         if config.model_type in NOT_READ:
             raise ValueError(f"{config.model_type} is not supported: {NOT_READ[config.model_type]}")
-        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+        # PIL's resizing, as the published code's, whether or not torchvision is there.
+        options = {"trust_remote_code": False, "backend": "pil"}
+        processor = AutoProcessor.from_pretrained(path, **options)
     if not hasattr(processor, "tokenizer"):
         raise UserError(f"{path}: a text model, its processor takes no images")
     if getattr(processor, "patch_size", 0) is None:
@@ -93,7 +95,19 @@ def load_model(path, device=None, dtype=None, four_bit=False):
             device_map={"": device},
         )
     need_all_weights(path, found, ("missing_keys", "mismatched_keys", "unexpected_keys"))
+    hide_image_row(model)
     return model, processor
+
+
+def hide_image_row(model):
+    """Give the row for <image> no probability where the original checkpoint has no such row (see
+    convert.py): a bias of -10,000 on its logit."""
+    rows = getattr(model.config, "original_vocabulary", None)
+    if rows is not None:
+        head = model.get_output_embeddings()
+        bias = torch.zeros(len(head.weight), dtype=head.weight.dtype, device=head.weight.device)
+        bias[rows:] = -1e4
+        head.bias = torch.nn.Parameter(bias, requires_grad=False)
 
 
 def need_all_weights(path, found, kinds):
@@ -227,7 +241,7 @@ def load_encoder(path):
     with named(f"{path}: not an image encoder (CLIP, SigLIP, LLaVA)"):
         options = {"trust_remote_code": False, "output_loading_info": True}
         model, found = AutoModel.from_pretrained(path, **options)
-        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False, backend="pil")
         image_processor = processor.image_processor
     need_all_weights(path, found, ("missing_keys", "mismatched_keys"))  # a head may be too many
     model = model.float().requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")

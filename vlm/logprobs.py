@@ -217,8 +217,9 @@ class TokenLogProbs(torch.autograd.Function):
 def logits_of(head, hidden):
     """In fp32: bf16 would round logits of 16 to 32 to eighths. On CUDA the product is fp32 at no
     cost, elsewhere what the head gives is converted."""
-    if hidden.is_cuda and hidden.dtype == head.weight.dtype and head.bias is None:
-        return torch.mm(hidden, head.weight.T, out_dtype=torch.float32)
+    if hidden.is_cuda and hidden.dtype == head.weight.dtype:
+        logits = torch.mm(hidden, head.weight.T, out_dtype=torch.float32)
+        return logits if head.bias is None else logits + head.bias
     return head(hidden).float()
 
 

@@ -6,6 +6,7 @@ a turn.
 """
 
 import re
+import sys
 
 from support.cli import UserError, at_most
 
@@ -15,21 +16,47 @@ VICUNA = (
 )
 
 
-TURN_TOKEN = re.compile(r"<\||\[INST\]|<start_of_turn>")  # <|im_start|>, <|start_header_id|>, ...
+# <|im_start|>, <|start_header_id|>, ..., or the sentence itself, as vlm/convert.py writes it.
+OWN_FRAME = re.compile(r"<\||\[INST\]|<start_of_turn>|A chat between")
+
+
+SQUARE_NOTE = (
+    "pictures that are not square are cropped for training, as SymMPO's code does, and padded at "
+    "evaluation; --square pad trains on padded ones"
+)
 
 
 def prompt_format(config, processor, requested="auto"):
     """The form in which a model was trained: "vicuna", or "chat" for the processor's own template.
 
     LLaVA-1.5, a llava over a llama, had the Vicuna sentence, which its published template lacks. A
-    llava over another llama has turn tokens in its template.
+    llava over another llama, or one converted from the original, has a frame in its template.
     """
     if requested != "auto":
         return requested
     is_llava15 = config.model_type == "llava" and config.text_config.model_type == "llama"
-    if is_llava15 and not TURN_TOKEN.search(str(processor.chat_template)):
+    if is_llava15 and not OWN_FRAME.search(str(processor.chat_template)):
         return "vicuna"
     return "chat"
+
+
+def prompts_for(config, processor, form="auto", square="auto", in_training=False):
+    """The Prompts of a model, and how its pictures become squares.
+
+    square: "pad" with the mean colour, or "crop" the middle. Checkpoints of vlm/convert.py know
+    both, and "auto" is as their authors' code: SymMPO and RLAIF-V train on cropped pictures, and
+    all evaluate as the original config.json says, which is on padded ones.
+    """
+    images = processor.image_processor
+    if type(images).__name__.startswith("LlavaImageProcessor"):
+        if square == "auto" and in_training and images.do_pad:
+            print(f"note: {SQUARE_NOTE}", file=sys.stderr)
+            square = "crop"
+        if square != "auto":
+            images.do_pad = square == "pad"
+    elif square != "auto":
+        raise UserError(f"--square {square}: this checkpoint's processor has its own way alone")
+    return Prompts(processor, prompt_format(config, processor, form))
 
 
 class Prompts:
@@ -40,6 +67,7 @@ class Prompts:
         self.special = {*self.tokenizer.all_special_tokens, *self.tokenizer.get_added_vocab()}
         # SentencePiece writes a space before the first word by itself.
         self.adds_space = self.tokenizer.tokenize("a")[0].startswith("▁")
+        self.adds_bos = self.tokenizer("a").input_ids[0] == self.tokenizer.bos_token_id
         self.separator, self.end_token = self._around_a_response()
 
     def encode(self, prompts, images=None):
@@ -75,7 +103,9 @@ class Prompts:
         if self.adds_space:
             text = text.rstrip(" ")  # the response brings its own
         bos = self.tokenizer.bos_token or ""
-        return bos + text.removeprefix(bos)  # exactly one, whether or not the template has it
+        if self.adds_bos:
+            text = bos + text.removeprefix(bos)  # exactly one, whether or not the template has it
+        return text
 
     def plain(self, text):
         """User text in which no special token can act as one."""

@@ -1,0 +1,353 @@
+"""Checkpoints in the original format of LLaVA-1.5 and Bunny, as folders that transformers reads.
+
+    python -m vlm.convert CHECKPOINT --vision-tower DIR --out DIR [--lora DIR]
+
+CHECKPOINT is a LLaVA-1.5 over Llama (liuhaotian/llava-v1.5-7b and what was fine-tuned from it:
+SymMPO, RLAIF-V, TPO, OPA-DPO, HA-DPO) or a Bunny over Phi-2 (BAAI/Bunny-v1_0-3B): config.json, the
+tokenizer, and weights as safetensors or .bin. DIR of the vision tower is the CLIP or SigLIP that
+config.json names in mm_vision_tower. --lora is a folder with adapter_model and, if it trained the
+projector, non_lora_trainables.bin.
+
+Where the original code is followed, and where not:
+- The tower's weights are the folder's, unless config.json says that the tower was trained along.
+- Bunny's loader cuts the vocabulary to the tokenizer's length; --keep-vocabulary does not, as mDPO.
+- Text behind <image> is tokenised as the original does, as a piece of its own.
+- <image> has a row of its own at the end of the tables. `vlm.load.load_model` gives it no
+  probability, as in the original, which has no such row; other code may (by 1e-3 nats a sum).
+- Images are padded to a square where config.json says so, as the original evaluates them.
+- Phi's dropout of 0.1 (resid_pdrop) is off: it would make policy and reference differ.
+- Merged LoRA weights are stored in fp32; the original merges in fp16.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+
+from support.cli import UserError, new_parser, run_command
+from support.files import lock, write_json
+from vlm.load import named
+
+ORIGINAL = Path(__file__).with_name("original.json")
+TOWER = "model.vision_tower.vision_tower."
+DECODERS = {"LlavaLlamaForCausalLM": "llama", "BunnyPhiForCausalLM": "phi"}
+
+
+def read_json(path):
+    if not path.is_file():
+        raise UserError(f"{path}: not there; a checkpoint in the original format has it")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+# --- where the weights are ------------------------------------------------------------------------
+
+
+def weights_in(folder, stem="model"):
+    """{name: file} of a folder with safetensors or .bin files, in one piece or in shards."""
+    patterns = (f"{stem}*.safetensors", f"pytorch_{stem}*.bin", f"{stem}.bin")
+    for pattern in patterns:
+        files = sorted(Path(folder).glob(pattern))
+        if files:
+            return {name: file for file in files for name in names_in(file)}
+    raise UserError(f"{folder}: no weights in there ({', '.join(patterns)})")
+
+
+def names_in(file):
+    from safetensors import safe_open
+
+    if file.suffix == ".bin":
+        return list(tensors_in(file))
+    with named(f"{file}: cannot be read"), safe_open(file, "pt") as opened:
+        return list(opened.keys())
+
+
+def tensors_in(file):
+    """{name: tensor}, read when they are used. Pickled code is refused."""
+    from safetensors.torch import load_file
+
+    with named(f"{file}: cannot be read"):
+        if file.suffix == ".bin":
+            return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        return load_file(file)
+
+
+def places_of(args, config):
+    """{original name: (file, name in it)} of tower, checkpoint, adapter; the last one counts."""
+    places = {}
+    for name, file in weights_in(args.vision_tower).items():
+        if name.startswith("vision_model."):
+            places[TOWER + name] = (file, name)
+    if not places:
+        raise UserError(f"{args.vision_tower}: no vision_model.* in there, so no CLIP or SigLIP")
+    trained = config.get("unfreeze_mm_vision_tower") or config.get("unfreeze_vision_tower")
+    for name, file in weights_in(args.checkpoint).items():
+        if trained or not name.startswith(TOWER):
+            places[name] = (file, name)
+    beside = Path(args.lora or "", "non_lora_trainables.bin")
+    if args.lora and beside.is_file():
+        for name in names_in(beside):
+            places[name.removeprefix("base_model.model.")] = (beside, name)
+    return places
+
+
+def renamed(name):
+    """The name that transformers has for it; None for what it computes itself or does not use."""
+    for pattern, new in read_json(ORIGINAL)["names"]:
+        found = re.fullmatch(pattern, name)
+        if found:
+            return found.expand(new) if new else None
+    raise UserError(f"{name}: a weight that LLaVA-1.5 and Bunny-v1.0-3B do not have")
+
+
+# --- LoRA -----------------------------------------------------------------------------------------
+
+
+class Lora:
+    """An adapter of PEFT on the original names: W + scale B A. Without a folder, W."""
+
+    def __init__(self, folder):
+        self.tensors, self.scale = {}, 0.0
+        if folder is None:
+            return
+        made = read_json(Path(folder, "adapter_config.json"))
+        for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"):
+            if made.get(name):
+                raise UserError(f"{folder}: {name} is not understood")
+        for file in sorted(set(weights_in(folder, "adapter_model").values())):
+            for name, tensor in tensors_in(file).items():
+                self.tensors[name.removeprefix("base_model.model.")] = tensor
+        self.scale = made["lora_alpha"] / made["r"]
+
+    def merged(self, name, weight):
+        module = name.removesuffix(".weight")
+        if f"{module}.lora_A.weight" not in self.tensors:
+            return weight
+        down = self.tensors[f"{module}.lora_A.weight"]  # (rank, in)
+        up = self.tensors[f"{module}.lora_B.weight"]  # (out, rank)
+        return weight.float() + self.scale * (up.float() @ down.float())
+
+
+# --- what stands beside the weights ---------------------------------------------------------------
+
+
+def read_config(args):
+    """The original config.json, if all in it is what this module converts. LoRA folders bring their
+    own, which says how the whole is used."""
+    places = [Path(folder, "config.json") for folder in (args.lora, args.checkpoint) if folder]
+    path = next((path for path in places if path.is_file()), places[-1])
+    config = read_json(path)
+    if decoder_of(config) is None:
+        raise UserError(
+            f"{path}: architectures are {config.get('architectures')}; what is converted is "
+            f"{' or '.join(DECODERS)}"
+        )
+    for name, known in read_json(ORIGINAL)["understood"].items():
+        if config.get(name, known[0]) not in known:
+            raise UserError(f"{path}: {name} is {config[name]!r}; what is converted is {known[0]}")
+    return config
+
+
+def decoder_of(config):
+    """Told by the architecture, since model_type says "llava" for either."""
+    for architecture in config.get("architectures") or []:
+        return DECODERS.get(architecture)
+
+
+def tokenizer_of(args, decoder):
+    """The original tokenizer, and <image> in it.
+
+    The original cuts a text at <image> and tokenises each piece from its beginning, where
+    SentencePiece writes a space. Llama's legacy way is the one that writes it in each piece.
+    """
+    from transformers import AddedToken, CodeGenTokenizer, LlamaTokenizer
+
+    if decoder == "llama":
+        tokenizer = LlamaTokenizer.from_pretrained(args.checkpoint, legacy=True)
+    else:
+        tokenizer = CodeGenTokenizer.from_pretrained(args.checkpoint)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    length = len(tokenizer)
+    tokenizer.add_tokens(AddedToken("<image>", special=True, normalized=False))
+    return tokenizer, length
+
+
+def model_config(args, config, length):
+    """transformers' LlavaConfig; its `original_vocabulary` is the number of rows without <image>'s.
+
+    length: of the original tokenizer.
+    """
+    from transformers import LlavaConfig
+
+    tower = read_json(Path(args.vision_tower, "config.json"))
+    tower = tower.get("vision_config", tower)
+    rows = config["vocab_size"]
+    if length > rows:
+        raise UserError(f"{args.checkpoint}: {length} tokens, and {rows} rows in its tables")
+    if not args.keep_vocabulary:
+        rows = length
+    decoder = {name: value for name, value in config.items() if not name.startswith("mm_")}
+    decoder |= {"model_type": decoder_of(config), "vocab_size": max(rows, length + 1)}
+    return LlavaConfig(
+        text_config={**decoder, "resid_pdrop": 0.0},
+        vision_config={**tower, "vision_use_head": False},  # of SigLIP
+        image_token_index=length,
+        image_seq_length=(tower["image_size"] // tower["patch_size"]) ** 2,
+        vision_feature_select_strategy="full" if is_siglip(tower) else "default",
+        vision_feature_layer=-2,
+        original_vocabulary=rows,
+        dtype=config.get("torch_dtype"),
+    )
+
+
+def is_siglip(tower):
+    """SigLIP has no class token, and squeezes a picture to a square where CLIP cuts it."""
+    return "siglip" in tower["model_type"]
+
+
+def save_processor(args, config, made, tokenizer):
+    """Images as the original evaluates them, and the prompt of its conversation."""
+    from transformers import LlavaProcessor
+    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+    vision = made.vision_config.to_dict()
+    side, siglip = vision["image_size"], is_siglip(vision)
+    square = {"height": side, "width": side}
+    given = read_json(Path(args.vision_tower, "preprocessor_config.json"))
+    images = LlavaImageProcessorPil(
+        do_pad=config.get("image_aspect_ratio") == "pad",
+        size=square if siglip else {"shortest_edge": side},
+        crop_size=square,
+        do_center_crop=not siglip,
+        image_mean=given["image_mean"],
+        image_std=given["image_std"],
+    )
+    system = read_json(ORIGINAL)["systems"][args.conversation]
+    template = ORIGINAL.with_suffix(".jinja").read_text(encoding="utf-8")
+    processor = LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=vision["patch_size"],
+        vision_feature_select_strategy=made.vision_feature_select_strategy,
+        num_additional_image_tokens=0 if siglip else 1,
+        chat_template=template.replace("{{ 'SYSTEM' }}", system),
+    )
+    processor.save_pretrained(args.out)
+
+
+# --- convert --------------------------------------------------------------------------------------
+
+
+def convert(args):
+    """Write --out: a file of weights for each file that is read, so that a killed conversion goes
+    on, and no more than one file is in memory."""
+    from transformers import GenerationConfig
+
+    config = read_config(args)
+    tokenizer, length = tokenizer_of(args, decoder_of(config))
+    made = model_config(args, config, length)
+    places = places_of(args, config)
+    shapes = shapes_of(made)
+    lora = Lora(args.lora)
+    need_all(shapes, places, lora)
+
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    with lock(args.out):
+        need_same_conversion(args)
+        files = sorted({file for file, _ in places.values()})
+        index = {}
+        for number, file in enumerate(files, start=1):
+            out = Path(args.out, f"model-{number:05}-of-{len(files):05}.safetensors")
+            inside = {name: own for name, (place, own) in places.items() if place == file}
+            if not out.exists():
+                write_weights(out, converted(file, inside, shapes, lora, made.original_vocabulary))
+            index |= dict.fromkeys(names_in(out), out.name)
+            print(f"{number} of {len(files)}: {file} -> {out.name}", flush=True)
+        contents = {"metadata": {}, "weight_map": index}
+        write_json(Path(args.out, "model.safetensors.index.json"), contents)
+        save_processor(args, config, made, tokenizer)
+        made.architectures = ["LlavaForConditionalGeneration"]
+        made.save_pretrained(args.out)
+        ends = {name: config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        GenerationConfig(**ends, suppress_tokens=[length]).save_pretrained(args.out)
+
+
+def shapes_of(made):
+    """{name: shape} of all weights of the model, of which none is made."""
+    from transformers import LlavaForConditionalGeneration
+
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(made)
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+def need_all(shapes, places, lora):
+    """Every weight of the files has its place in the model, and every place its weight."""
+    for name in lora.tensors:
+        if re.sub(r"lora_[AB]\.", "", name) not in places:
+            raise UserError(f"{name}: the adapter is not for this model")
+    found = {renamed(name) for name in places} - {None}
+    for name in sorted(found - shapes.keys()):
+        raise UserError(f"{name}: config.json has no place for this weight")
+    for name in sorted(shapes.keys() - found):
+        raise UserError(f"{name}: this weight is in none of the files")
+
+
+def need_same_conversion(args):
+    """A folder that was begun with other arguments is refused."""
+    known = Path(args.out, "conversion.json")
+    given = {name: str(value) for name, value in vars(args).items() if name != "out"}
+    if known.exists() and read_json(known) != given:
+        raise UserError(f"{known}: this folder was made with other arguments; choose another --out")
+    write_json(known, given)
+
+
+def converted(file, inside, shapes, lora, rows):
+    """{name: tensor} for transformers, of one file; inside: {original name: name in the file}."""
+    tensors, result = tensors_in(file), {}
+    for original, own in inside.items():
+        name = renamed(original)
+        if name is None:
+            continue
+        tensor = lora.merged(original, tensors[own])
+        if original in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensor = with_image_row(tensor[:rows], shapes[name][0])
+        if tensor.shape != shapes[name]:
+            raise UserError(
+                f"{file}: {original} is {tuple(tensor.shape)}, and by config.json it would be "
+                f"{tuple(shapes[name])}"
+            )
+        result[name] = tensor.contiguous()
+    return result
+
+
+def with_image_row(table, rows):
+    """A table of the vocabulary (tokens, width) with rows of zeros until it has so many."""
+    missing = table.new_zeros(rows - len(table), table.shape[1])
+    return torch.cat([table, missing])
+
+
+def write_weights(path, tensors):
+    from safetensors.torch import save_file
+
+    part = path.with_suffix(".part")
+    save_file(tensors, part, metadata={"format": "pt"})
+    part.rename(path)
+
+
+def main(argv=None):
+    parser = new_parser(__doc__)
+    parser.add_argument("checkpoint", help="folder in the original format")
+    parser.add_argument("--vision-tower", required=True, help="folder of its CLIP or SigLIP")
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--lora", help="folder of an adapter in the original format")
+    parser.add_argument("--keep-vocabulary", action="store_true", help="see above")
+    systems = read_json(ORIGINAL)["systems"]
+    text = "the prompt's first sentence; SymMPO and RLAIF-V were trained with llava_v1"
+    parser.add_argument("--conversation", choices=systems, default="vicuna_v1", help=text)
+    run_command(convert, parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    main()
