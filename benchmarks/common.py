@@ -35,6 +35,19 @@ class Settings:
     allow_outside: bool = False  # may images leave the benchmark's folder?
 
 
+@dataclass
+class Case:
+    """What a scorer read in an answer: the metrics are counted from this, and the page shows it."""
+
+    right: bool  # of objects: none is false
+    said: str = ""  # yes, a letter, a judge's words; "" for captions: the answer itself is read
+    truth: str = ""  # what should have been said
+    words: list | tuple = ()  # (word, "true", "false", "safe", or "" for no object), in order
+    missed: list | tuple = ()  # true objects that are not named
+    parts: tuple = ()  # of the benchmark, in which it counts
+    counts: dict | None = None  # what else the metrics add up
+
+
 # --- files ----------------------------------------------------------------------------------------
 
 

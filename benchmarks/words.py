@@ -18,7 +18,8 @@ def split(text):
 
 
 def nltk_reader():
-    """text -> [(lemma, is it a noun?)]; ImportError or LookupError where NLTK or its data lack."""
+    """text -> [(lemma, is it a noun?, word)]; ImportError or LookupError where NLTK or its data
+    lack."""
     import nltk
 
     lemma = nltk.stem.WordNetLemmatizer().lemmatize
@@ -26,7 +27,7 @@ def nltk_reader():
 
     def read(text):
         tagged = nltk.pos_tag(nltk.word_tokenize(text))
-        return [(lemma(word), tag.startswith("NN")) for word, tag in tagged]
+        return [(lemma(word), tag.startswith("NN"), word) for word, tag in tagged]
 
     return read
 
@@ -35,7 +36,7 @@ def table_reader(table):
     """The same by a table of lemmas. Without a tagger any word but a function word may be one."""
 
     def read(text):
-        return [(table.get(word, word), word not in FUNCTION_WORDS) for word in split(text)]
+        return [(table.get(word, word), word not in FUNCTION_WORDS, word) for word in split(text)]
 
     return read
 
@@ -59,7 +60,7 @@ def phrase_reader(table):
         pass
     else:
         return (
-            lambda text: [(t.lemma_, t.tag_.startswith("NN")) for t in nlp(f"a {text}")],
+            lambda text: [(t.lemma_, t.tag_.startswith("NN"), t.text) for t in nlp(f"a {text}")],
             "en_core_web_trf",
         )
 
@@ -67,7 +68,7 @@ def phrase_reader(table):
         found = []
         for word, after in pairwise([*split(text.lower()), "of"]):
             is_noun = word in table or after in FUNCTION_WORDS
-            found.append((table.get(word, word), is_noun and word not in FUNCTION_WORDS))
+            found.append((table.get(word, word), is_noun and word not in FUNCTION_WORDS, word))
         return found
 
     return read, "lemma table, no tagger"

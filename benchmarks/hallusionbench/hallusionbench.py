@@ -16,7 +16,7 @@ import re
 from collections import defaultdict
 from typing import NamedTuple
 
-from benchmarks.common import Question, find, need_fields, percent, question_about, read
+from benchmarks.common import Case, Question, find, need_fields, percent, question_about, read
 from support.cli import UserError
 
 ITEMS, ANSWER, JUDGE = 1129, "model_prediction", "optional"
@@ -64,21 +64,34 @@ def check_reply(text):
 
 
 def is_clear(text):
-    return bool(re.search(r"\b(yes|no)\b", text.lower()))
+    return bool(first_yes_or_no(text))
+
+
+def cases(answers, folder, settings):
+    """([Case], how texts were read)."""
+    need_fields(answers, {ANSWER: str, **dict.fromkeys((*Place._fields, "gt_answer"), (str, int))})
+    judgements, found = settings.judgements, []
+    for number, answer in enumerate(answers):
+        place = Place(*(str(answer[name]) for name in Place._fields))
+        truth = "yes" if str(answer["gt_answer"]) == "1" else "no"
+        if judgements is None:
+            said = first_yes_or_no(answer[ANSWER])
+            is_right = said == truth if said else place.without_image()
+        else:
+            said = judgements[number]
+            is_right = judged_right(said, place)
+        found.append(Case(is_right, said, truth, parts=place))
+    return found, "no judge: first yes/no" if judgements is None else "judge"
 
 
 def score(answers, folder, settings):
     """(metrics, how texts were read)."""
-    need_fields(answers, {ANSWER: str, **dict.fromkeys((*Place._fields, "gt_answer"), (str, int))})
-    judgements, right = settings.judgements, {}
-    for number, answer in enumerate(answers):
-        place = Place(*(str(answer[name]) for name in Place._fields))
-        if place in right:
-            raise UserError(f"question {'/'.join(place)}: there is a second one")
-        if judgements is None:
-            right[place] = first_yes_or_no(answer, place)
-        else:
-            right[place] = judged_right(judgements[number], place)
+    found, reading = cases(answers, folder, settings)
+    right = {}
+    for case in found:
+        if case.parts in right:
+            raise UserError(f"question {'/'.join(case.parts)}: there is a second one")
+        right[case.parts] = case.right
 
     # People also publish the 951 questions with an image alone, without a half of VS.
     is_whole = any(place.without_image() for place in right)
@@ -97,7 +110,6 @@ def score(answers, folder, settings):
         "fAcc": round(percent(sum(map(all, by_figure.values())), len(by_figure)), 4),
         "aAcc": round(percent(sum(right.values()), len(right)), 4),
     }
-    reading = "no judge: first yes/no" if judgements is None else "judge"
     if not is_whole and any(place.category == "VS" for place in right):
         del metrics["qAcc"]
         reading += "; image questions alone, no qAcc"
@@ -111,8 +123,7 @@ def judged_right(reply, place):
     return True if "correct" in reply else place.without_image()
 
 
-def first_yes_or_no(answer, place):
-    said = re.search(r"\b(yes|no)\b", answer["model_prediction"].lower())
-    if said is None:
-        return place.without_image()
-    return said[1] == ("yes" if str(answer["gt_answer"]) == "1" else "no")
+def first_yes_or_no(text):
+    """Nothing, if there is none."""
+    said = re.search(r"\b(yes|no)\b", text.lower())
+    return said[1] if said else ""

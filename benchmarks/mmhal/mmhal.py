@@ -14,7 +14,7 @@ clear rating counts as 0, as officially; protocol "symmpo" also takes a rating o
 
 import re
 
-from benchmarks.common import find, percent, question_about, read
+from benchmarks.common import Case, find, percent, question_about, read
 from support.cli import UserError
 
 ITEMS, ANSWER, JUDGE = 96, "model_answer", "needed"
@@ -46,23 +46,32 @@ def check_reply(text):
     return text if rating(text, "official") else f"{text}\nRating: {found.pop()}"
 
 
+def cases(answers, folder, settings):
+    """([Case], how texts were read). A rating below 3 is a hallucination."""
+    if not settings.judgements:
+        raise UserError("MMHal-Bench has no judge-free reading: `evaluate.py judge` comes first")
+    found = []
+    for answer, reply in zip(answers, settings.judgements):
+        stars = rating(reply, settings.protocol)
+        truth = answer.get("gt_answer", "")
+        found.append(Case(stars >= 3, reply, truth, counts={"rating": stars}))
+    return found, "judge"
+
+
 def score(answers, folder, settings):
     """(metrics, how texts were read)."""
-    judgements = settings.judgements or []
-    if len(answers) != ITEMS or not judgements:
-        raise UserError(
-            f"MMHal-Bench has 96 questions and no judge-free reading; here are {len(answers)} "
-            f"answers, {len(judgements)} judgements"
-        )
-    ratings = [rating(text, settings.protocol) for text in judgements]
-    low = sum(value < 3 for value in ratings)
+    found, reading = cases(answers, folder, settings)
+    if len(found) != ITEMS:
+        raise UserError(f"MMHal-Bench has 96 questions; here are {len(found)} answers")
+    ratings = [case.counts["rating"] for case in found]
+    low = sum(not case.right for case in found)
     by_type = [sum(ratings[first::8]) / 12 for first in range(8)]  # the types come in turns
     metrics = {
         "score": sum(ratings) / ITEMS,
         "hallucination_rate": percent(low, ITEMS),
         "score_per_type": by_type,
     }
-    return metrics, "judge"
+    return metrics, reading
 
 
 def rating(text, protocol):

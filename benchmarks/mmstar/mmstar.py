@@ -15,6 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 from benchmarks.common import (
+    Case,
     find,
     need_fields,
     percent,
@@ -47,15 +48,24 @@ def is_clear(text):
     return bool(re.fullmatch(r"(?s)[\W_]*[a-d]\b.*", text.lower()))
 
 
+def cases(answers, folder, settings):
+    """([Case], how texts were read)."""
+    need_fields(answers, {ANSWER: str, "answer": str, "category": str, "l2_category": str})
+    found = []
+    for row in answers:
+        said, truth = letter_in(row[ANSWER], settings.protocol), lowered(row["answer"])
+        found.append(Case(said == truth, said, truth, parts=parts_of(row)))
+    return found, "first letter a-d" if settings.protocol == "symmpo" else "letter in place"
+
+
 def score(answers, folder, settings):
     """(metrics, how texts were read)."""
-    need_fields(answers, {ANSWER: str, "answer": str, "category": str, "l2_category": str})
+    found, reading = cases(answers, folder, settings)
     right, count = Counter(), Counter()
-    for row in answers:
-        parts = parts_of(row)
-        count.update(parts)
-        if is_right(row, settings.protocol):
-            right.update(parts)
+    for case in found:
+        count.update(case.parts)
+        if case.right:
+            right.update(case.parts)
     size = published_sizes(folder)
     for part in sorted(count.keys() ^ size.keys()):
         raise UserError(f"MMStar: no answers in {part}, or no such category; all are needed")
@@ -63,7 +73,7 @@ def score(answers, folder, settings):
     for part in size:  # officially a sub-category is divided by what was answered of it
         whole = count[part] if "(" in part else size[part]
         metrics[part] = percent(right[part], whole)
-    return metrics, "first letter a-d" if settings.protocol == "symmpo" else "letter in place"
+    return metrics, reading
 
 
 def parts_of(row):
@@ -88,14 +98,14 @@ def published_sizes(folder):
     return size
 
 
-def is_right(row, protocol):
-    """Does the prediction name the answer's letter?"""
-    answer = row["answer"].lower().strip().replace("\n", " ")
-    text = row["prediction"].lower().strip().replace("\n", " ")
+def letter_in(text, protocol):
+    """That as which the prediction is read."""
+    text = lowered(text)
     if protocol == "symmpo":
         found = re.search("[a-d]", text)
-        return answer == (found[0] if found else "a")
-    if not text:
-        return False
-    letter = re.match(r"(?:\(|option |the answer is )?(.?)", text)[1]
-    return answer in (text[0], letter)
+        return found[0] if found else "a"
+    return re.match(r"(?:\(|option |the answer is )?(.?)", text)[1]
+
+
+def lowered(text):
+    return text.lower().strip().replace("\n", " ")

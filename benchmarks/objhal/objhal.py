@@ -16,11 +16,12 @@ COCO's captions are ("caption mode").
 import contextlib
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from itertools import groupby
 from pathlib import Path
 
 from benchmarks.common import (
+    Case,
     find,
     need_fields,
     percent,
@@ -81,32 +82,45 @@ def check_reply(text):
 # --- scoring --------------------------------------------------------------------------------------
 
 
+def cases(answers, folder, settings):
+    """([Case], how texts were read)."""
+    need_fields(answers, {ANSWER: str, "image_id": (str, int)})
+    names, found = Names(folder), []
+    truth = true_objects(folder, {int(row["image_id"]) for row in answers}, names)
+    reading = f"no judge: caption mode, {names.reading}"
+    if settings.judgements is not None:
+        reading = f"judge; {names.phrase_reading}"
+    for number, row in enumerate(answers):
+        said = ""
+        if settings.judgements is None:
+            named = names.in_text(without_speaker(row[ANSWER]))
+        else:
+            named = names.in_phrases(listed(row, settings.judgements[number]))
+            said = ", ".join(word for word, _ in named)
+        there, words = truth[int(row["image_id"])], []
+        for word, thing in named:
+            kind = "true" if thing in there else "false"
+            words.append((word, kind if thing else ""))
+        is_right = (there | {None}).issuperset(thing for _, thing in named)
+        missed = sorted(there.difference(thing for _, thing in named))
+        found.append(Case(is_right, said, words=words, missed=missed))
+    return found, reading
+
+
 def score(answers, folder, settings):
     """(metrics, how texts were read)."""
-    need_fields(answers, {ANSWER: str, "image_id": (str, int)})
-    names = Names(folder)
-    if settings.judgements is None:
-        reading = f"no judge: caption mode, {names.reading}"
-        found = [names.in_text(without_speaker(row["text"])) for row in answers]
-    else:
-        reading = f"judge; {names.phrase_reading}"
-        found = []
-        for row, reply in zip(answers, settings.judgements):
-            found.append(names.in_phrases(listed(row, reply)))
-    mentions = sum(len(objects) for objects in found)
-    if mentions == 0:
+    found, reading = cases(answers, folder, settings)
+    kinds, responses = Counter(), 0
+    for case in found:
+        named = [kind for _, kind in case.words if kind]
+        kinds.update(named)
+        responses += len(named) > 0
+    if responses == 0:
         raise UserError("no answer names any COCO object: there is nothing to score")
-
-    truth = true_objects(folder, {int(row["image_id"]) for row in answers}, names)
-    wrong = []  # mentions, for each answer
-    for row, objects in zip(answers, found):
-        there = truth[int(row["image_id"])]
-        wrong.append(sum(name not in there for name in objects))
-    responses = sum(len(objects) > 0 for objects in found)
-    hallucinated = sum(count > 0 for count in wrong)
+    hallucinated = sum(not case.right for case in found)
     metrics = {
         "response_hallucination": percent(hallucinated, responses),
-        "mention_hallucination": percent(sum(wrong), mentions),
+        "mention_hallucination": percent(kinds["false"], kinds.total()),
     }
     return metrics, reading
 
@@ -140,47 +154,46 @@ class Names:
         self.phrase_tokens, self.phrase_reading = phrase_reader(table)
 
     def in_text(self, text):
-        """The objects that a text names, each time that it does."""
-        names = self.merge_doubles(self.tokens(text.lower()))
-        return self.objects([name for name, _ in names])
+        """[(word, the object that it names or None)], each time that the text does."""
+        return self.objects(self.merge_doubles(self.tokens(text.lower())))
 
     def in_phrases(self, phrases):
-        """The objects among a judge's phrases; a name that comes twice counts once."""
-        words = []
+        """The same of a judge's phrases; a name that comes twice counts once."""
+        names = []
         for phrase in phrases:
-            words += self.names_of_phrase(self.phrase_tokens(phrase))
-        return self.objects(list(dict.fromkeys(words)))
+            names += self.names_of_phrase(self.phrase_tokens(phrase))
+        return self.objects([(name, name) for name in dict.fromkeys(names)])
 
-    def objects(self, words):
-        """A toilet's seat is no chair."""
-        known = [word for word in words if word in self.object_of]
-        if "toilet" in words:
-            known = [word for word in known if word != "seat"]
-        return [self.object_of[word] for word in known]
+    def objects(self, named):
+        """[(word, its object or None)] of [(word, its name)]. A toilet's seat is no chair."""
+        known = self.object_of
+        if any(name == "toilet" for _, name in named):
+            known = {**known, "seat": None}
+        return [(word, known.get(name)) for word, name in named]
 
     def merge_doubles(self, tokens):
-        """[(name, is it one of two words?)]: the lemmas, merged from left to right."""
-        lemmas = [lemma for lemma, _ in tokens]
+        """[(one word or two, their name)]: the lemmas, merged from left to right."""
         merged, i = [], 0
-        while i < len(lemmas):
-            double = " ".join(lemmas[i : i + 2])
-            if double in self.doubles:
-                merged.append((self.doubles[double], True))
-                i += 2
-            else:
-                merged.append((lemmas[i], False))
-                i += 1
+        while i < len(tokens):
+            double = " ".join(lemma for lemma, _, _ in tokens[i : i + 2])
+            size = 2 if double in self.doubles else 1
+            name = self.doubles.get(double, tokens[i][0])
+            merged.append((" ".join(word for _, _, word in tokens[i : i + size]), name))
+            i += size
         return merged
 
     def names_of_phrase(self, tokens):
         """Of a phrase the two-word names alone or, if it has none, its runs of nouns."""
-        doubles = [name for name, is_double in self.merge_doubles(tokens) if is_double]
+        doubles = []
+        for words, name in self.merge_doubles(tokens):
+            if len(words.split()) == 2:
+                doubles.append(name)
         if doubles:
             return doubles
         runs = []
         for is_noun, run in groupby(tokens, key=lambda token: token[1]):
             if is_noun:
-                runs.append(" ".join(lemma for lemma, _ in run))
+                runs.append(" ".join(lemma for lemma, _, _ in run))
         return runs
 
 
@@ -208,4 +221,5 @@ def add_coco(truth, coco, ids, names):
         if categories:
             truth[note["image_id"]].add(categories[note["category_id"]])
         else:
-            truth[note["image_id"]].update(names.in_text(note["caption"]))
+            named = names.in_text(note["caption"])
+            truth[note["image_id"]].update(thing for _, thing in named if thing)
