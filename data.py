@@ -25,6 +25,7 @@ import os
 import random
 import shlex
 import sys
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -281,31 +282,27 @@ class Pairs:
     """Counts the pairs from which nothing, or nothing clear, can be learned."""
 
     def __init__(self):
-        self.seen = set()  # hashes of (image, prompt, chosen, rejected)
-        self.found = {}  # what: sources of the records
+        self.seen = set()  # hashes of (image and prompt, chosen, rejected)
+        self.found = defaultdict(list)  # what: sources of the records
         self.unread = set()  # fields of the records that no layout has
 
     def add(self, record):
         chosen, rejected = record["chosen"], record.get("rejected")
         self.unread.update(record["unread"])
+        found = []
         if chosen == rejected:
-            self.note("equal pairs, chosen = rejected", record)
+            found.append("equal pairs, chosen = rejected")
         if chosen == record.get("contrast_chosen"):
-            self.note("equal pairs, chosen = contrast_chosen", record)
-        image = record["image"]
-        if isinstance(image, dict):
-            image = hashlib.md5(image.get("bytes") or b"").hexdigest() + str(image.get("path"))
-        question = f"{image!r} {record['prompt']!r}"
-        one = hashlib.md5(f"{question} {chosen!r} {rejected!r}".encode()).digest()
-        other = hashlib.md5(f"{question} {rejected!r} {chosen!r}".encode()).digest()
-        if one in self.seen:
-            self.note("duplicates of an earlier record", record)
-        elif other in self.seen:
-            self.note("contradictory pairs, the other way round in an earlier record", record)
-        self.seen.add(one)
-
-    def note(self, what, record):
-        self.found.setdefault(what, []).append(record["source"])
+            found.append("equal pairs, chosen = contrast_chosen")
+        question = f"{record['image']!r} {record['prompt']!r}"
+        pair = hash((question, chosen, rejected))
+        if pair in self.seen:
+            found.append("duplicates of an earlier record")
+        elif hash((question, rejected, chosen)) in self.seen:
+            found.append("contradictory pairs, the other way round in an earlier record")
+        self.seen.add(pair)
+        for what in found:
+            self.found[what].append(record["source"])
 
     def lines(self):
         return [f"{what}: {len(at):,}, at {places(at)}" for what, at in self.found.items()]
@@ -330,10 +327,10 @@ class Survey:
 
     def __init__(self, prompts, args):
         self.prompts, self.args, self.pairs = prompts, args, Pairs()
-        self.faults = {}  # kind of message: [(source, message)]
+        self.faults = defaultdict(list)  # kind of message: [(source, message)]
         self.usable_by = dict.fromkeys(OBJECTIVES, 0)
         self.figures = {"width, pixels": [], "height, pixels": [], "length, tokens": []}
-        self.notes = {}  # what was taken off, is not read, has one colour: number of records
+        self.notes = Counter()  # what was taken off, is not read, has one colour
         self.first, self.longest = None, None  # rows to show
         self.most_tokens = 0
 
@@ -346,37 +343,44 @@ class Survey:
                 self.figures["height, pixels"].append(image.height)
                 low_high = [low == high for low, high in image.getextrema()]
                 if all(low_high):
-                    self.count(f"{name} of one colour")
+                    self.notes[f"{name} of one colour"] += 1
         if self.prompts:
             self.add_rows(i, record, able)
         for name in able:
             self.usable_by[name] += 1
         for what in record["stripped"]:
-            self.count(f"prompt, {what} taken off (the model's own is put around it)")
+            self.notes[f"prompt, {what} taken off (the model's own is put around it)"] += 1
         for name in record["unread"]:
-            self.count(f"field {name}, which is not read (--fields can name it)")
+            self.notes[f"field {name}, which is not read (--fields can name it)"] += 1
         self.pairs.add(record)
 
     def add_rows(self, i, record, able):
         most = max((OBJECTIVES[name].cells for name in able), key=len)
         rows = build_rows(record, self.prompts, most, max_length=math.inf)
         lengths = [row.longest() for row in rows]
-        self.most_tokens = max(self.most_tokens, *lengths)
+        self.figures["length, tokens"] += lengths
+        if max(lengths) > self.most_tokens:
+            self.most_tokens, self.longest = max(lengths), rows
         if max(lengths) > self.args.max_length:
             raise UserError(f"{max(lengths)} tokens, more than --max-length {self.args.max_length}")
-        if i == self.args.show or (self.first is None and self.args.show is None):
+        if self.first is None and self.args.show in (None, i):
             self.first = rows
-        if max(lengths) > max(self.figures["length, tokens"], default=0):
-            self.longest = rows
-        self.figures["length, tokens"] += lengths
 
-    def count(self, what):
-        self.notes[what] = self.notes.get(what, 0) + 1
+    def add_fault(self, source, message):
+        """Each kind of fault is shown once; with --all, every one."""
+        kind = source if self.args.all else kind_of(message)
+        self.faults[kind].append((source, message))
+
+    def bad(self):
+        return sum(len(found) for found in self.faults.values())
 
     def lines(self, total):
-        bad = sum(len(found) for found in self.faults.values())
+        lines = []
+        for found in self.faults.values():
+            at = places([source for source, _ in found])
+            lines.append(f"bad: {len(found):,} records, {at}: {found[0][1]}")
         counts = ", ".join(f"{name} {count:,}" for name, count in self.usable_by.items())
-        lines = [f"{total:,} records, {bad:,} bad; usable by {counts}"]
+        lines.append(f"{total:,} records, {self.bad():,} bad; usable by {counts}")
         lines += self.pairs.lines()
         lines += [f"{what}: {count:,} records" for what, count in self.notes.items()]
         for name, values in self.figures.items():
@@ -387,16 +391,6 @@ class Survey:
         if self.most_tokens > self.args.max_length:
             lines.append(f"--max-length {self.most_tokens} would take all records")
         return lines
-
-    def fault_lines(self):
-        """Each kind once, with its count and three places; with --all every message."""
-        for found in self.faults.values():
-            source, message = found[0]
-            if self.args.all or len(found) == 1:
-                yield from (f"bad: {source}: {message}" for source, message in found)
-            else:
-                at = places([source for source, _ in found])
-                yield f"bad: {len(found):,} records, {at}: {message}"
 
 
 def check(args):
@@ -416,12 +410,13 @@ def check(args):
         try:
             survey.add(i, records[i])
         except UserError as error:
-            message = str(error).removeprefix(f"{source}: ")
-            survey.faults.setdefault(kind_of(message), []).append((source, message))
-    print("\n".join([*survey.fault_lines(), *survey.lines(len(records))]))
-    for rows in (survey.first, survey.longest):
-        if rows and (rows is survey.first or survey.longest is not survey.first):
-            print("\n".join(prompts.describe(row) for row in rows))
+            survey.add_fault(source, str(error).removeprefix(f"{source}: "))
+    print("\n".join(survey.lines(len(records))))
+    shown = survey.first or []
+    if survey.longest is not survey.first:
+        shown = shown + survey.longest
+    for row in shown:
+        print(prompts.describe(row))
     if args.show is not None and survey.first is None:
         print(f"--show {args.show}: there is no such record, or it is bad")
     if args.page:
@@ -429,7 +424,7 @@ def check(args):
 
         args.out, args.limit = args.page, 100
         review(args)
-    return sum(len(found) for found in survey.faults.values())
+    return survey.bad()
 
 
 def main(argv=None):

@@ -8,8 +8,7 @@ What is compared, at LLaVA-1.5's token counts:
 - ladder: the SymMPO step against its published layout (five padded sequences, logits at every
   position, the vision tower for each sequence, the reference in each step), one saving at a time;
 - trl: the DPO step against TRL's DPOTrainer (pip install "trl==1.16.*"; nothing else needs it);
-- memory: what a step adds to the resident set of a fresh process;
-- floor: the packed step against its matrix products alone, at the rate measured beside it.
+- memory: what a step adds to the resident set of a fresh process.
 
 How: one thread, random weights, the sides take turns in one process. Seconds are processor time (on
 a GPU, time on the wall). Ratios are medians over rounds with their quartiles, and stand beside the
@@ -18,7 +17,6 @@ proof that both sides compute the same numbers.
 
 import importlib.util
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -29,11 +27,10 @@ import torch
 from speed import measure
 from speed.measure import spread
 from speed.sides import MEMORY, RECORDS, RUNGS, Rung, Side, TRLSide, prepare, step_memory
-from speed.world import PROMPT, RESPONSE, SIZES, patches_of
+from speed.world import SIZES
 from support.cli import UserError, new_parser, run_command, within
 
 EPOCHS = 4  # over which the cost of the cached reference is spread
-OURS, CACHED = Rung("ours"), Rung("ours, reference cached", cached=True)
 
 
 def compare(sides, rounds, device):
@@ -79,9 +76,10 @@ def against_trl(size, rounds, device):
     """The DPO step against TRL's."""
     with tempfile.TemporaryDirectory() as folder:
         run = prepare(folder, size, "dpo", device)
-        ours = [Side(run, OURS), Side(run, CACHED)]
+        ours = Side(run, Rung("ours"))
+        cached = Side(run, Rung("ours, reference cached", cached=True))
         sides = {"TRL DPOTrainer": TRLSide(run, folder)}
-        sides.update({side.rung.name: side for side in ours})
+        sides |= {side.rung.name: side for side in (ours, cached)}
         times, proof = compare(sides, rounds, device)
     rows = ratios(times)
     return [*rows, proof], {"trl_dpo_time_ratio": rows[-1]["ratio"][0]}
@@ -102,29 +100,12 @@ def memories(size, rounds, device):
     return [{"step": kind, "MiB": mib[kind]} for kind in mib], summary
 
 
-def floor(size, rounds, device):
-    """The packed SymMPO step with its cached reference over its matrix products at the measured
-    rate of the decoder's largest one."""
-    text = SIZES[size]["text_config"]
-    largest = text["hidden_size"], text["intermediate_size"]
-    longest = patches_of(size) + PROMPT + 3 * (RESPONSE - 1)
-    with tempfile.TemporaryDirectory() as folder:
-        side = Side(prepare(folder, size, "symmpo", device), CACHED)
-        flop = measure.products(lambda: side.take_step(0), device)
-        times, _ = compare({"step": side}, rounds, device)
-    rates = [measure.matmul_rate(longest, *largest, device) for _ in range(rounds)]
-    at_best = flop / statistics.median(rates)  # seconds
-    fraction = spread([at_best / t["step"] for t in times])
-    row = {"fraction": fraction, "GFLOP/s": spread([rate / 1e9 for rate in rates]), "FLOP": flop}
-    return [row], {"flop_floor_fraction": fraction[0]}
-
-
 # --- command line ---------------------------------------------------------------------------------
 
 SUMMARY = """
 five_sequence_time_ratio five_sequence_memory_ratio trl_dpo_time_ratio trl_dpo_memory_ratio
-flop_floor_fraction max_logp_diff"""
-PARTS = {"ladder": ladder, "trl": against_trl, "memory": memories, "floor": floor}
+max_logp_diff"""
+PARTS = {"ladder": ladder, "trl": against_trl, "memory": memories}
 
 
 def options(argv):
@@ -135,7 +116,7 @@ def options(argv):
     add("--only", nargs="+", choices=PARTS, default=[*PARTS], help="some parts")
     add("--cuda", action="store_true", help="on a GPU, in bf16")
     add("--size", choices=SIZES, help="default: quick with --quick, else mid")
-    add("--rounds", type=within(1), help="timed rounds (default 3 with --quick, else 9)")
+    add("--rounds", type=within(2), help="timed rounds (default 3 with --quick, else 9)")
     args = parser.parse_args(argv)
     args.size = args.size or ("quick" if args.quick else "mid")
     args.rounds = args.rounds or (3 if args.quick else 9)

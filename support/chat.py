@@ -6,6 +6,7 @@ asks nothing twice. Keys are read from the environment and written nowhere.
 
 import asyncio
 import base64
+import contextlib
 import fcntl
 import hashlib
 import io
@@ -13,10 +14,9 @@ import json
 import os
 import re
 import sys
-import threading
 from collections import defaultdict, deque
-from concurrent.futures import FIRST_COMPLETED, as_completed, wait
 from dataclasses import dataclass
+from itertools import islice
 
 from tqdm import tqdm
 
@@ -109,11 +109,10 @@ def ask_all(
         http_client=http.new_client(base_url, timeout),
     )
     failed, in_a_row = 0, 0
-    with ReplyLog(log, http.secrets_of(base_url, key)) as kept, Background(client) as background:
+    with ReplyLog(log, http.secrets_of(base_url, key)) as kept, event_loop(client) as (run, tasks):
         asker = Asker(client, kept, check, tries, {"model": model, **sampling})
-        bar = tqdm(background.answers(asker.ask, requests, concurrency), desc, size)
-        for future in bar:
-            id, entry = future.result()
+        bar = tqdm(answers(run, tasks, asker.ask, requests, concurrency), desc, size)
+        for id, entry in bar:
             usable = "reason" not in entry
             if not usable:
                 failed += 1
@@ -130,46 +129,36 @@ def ask_all(
                 )
 
 
-class Background:
-    """An event loop in a thread beside ours, in which requests are under way."""
+@contextlib.contextmanager
+def event_loop(client):
+    """(an asyncio.Runner, the set of its tasks). Requests go on whenever the loop is run. When it
+    ends, those that are under way have GRACE seconds to come."""
+    tasks = set()
+    with asyncio.Runner() as runner:
+        try:
+            yield runner, tasks
+        finally:
+            if tasks:
+                text = f"waiting {GRACE} s at most for {len(tasks)} replies that are under way"
+                print(text, file=sys.stderr)
+                late = asyncio.gather(*tasks, return_exceptions=True)
+                with contextlib.suppress(TimeoutError):
+                    runner.run(asyncio.wait_for(late, GRACE))
+            runner.run(client.close())
 
-    def __init__(self, client):
-        self.client, self.running, self.ready = client, set(), threading.Event()
-        self.thread = threading.Thread(target=asyncio.run, args=[self.until_stopped()], daemon=True)
 
-    async def until_stopped(self):
-        self.loop, self.stop = asyncio.get_running_loop(), asyncio.Event()
-        self.ready.set()
-        async with self.client:
-            await self.stop.wait()
-            left = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in left:
-                task.cancel()
-            await asyncio.gather(*left, return_exceptions=True)
-
-    def answers(self, ask, requests, limit):
-        """Futures of ask(request) in completion order; never more than `limit` under way."""
-        for request in requests:
-            coroutine = ask(request)
-            self.running.add(asyncio.run_coroutine_threadsafe(coroutine, self.loop))
-            if len(self.running) == limit:
-                done, self.running = wait(self.running, return_when=FIRST_COMPLETED)
-                yield from done
-        yield from as_completed(self.running)
-
-    def __enter__(self):
-        self.thread.start()
-        self.ready.wait()
-        return self
-
-    def __exit__(self, *error):
-        late = [future for future in self.running if not future.done()]
-        if late:
-            text = f"waiting {GRACE} s at most for {len(late)} replies that are under way"
-            print(text, file=sys.stderr)
-        wait(late, GRACE)
-        self.loop.call_soon_threadsafe(self.stop.set)
-        self.thread.join(GRACE)
+def answers(runner, tasks, ask, requests, limit):
+    """What ask(request) returns, in completion order; never more than `limit` under way."""
+    left = iter(requests)
+    while True:
+        for request in islice(left, limit - len(tasks)):
+            tasks.add(runner.get_loop().create_task(ask(request)))
+        if not tasks:
+            return
+        done, _ = runner.run(asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED))
+        task = done.pop()
+        tasks.remove(task)
+        yield task.result()
 
 
 @dataclass

@@ -4,7 +4,7 @@ Every kind gives its records by number, in one order, and keeps little of them i
 not read is named for what it is, with the way on.
 """
 
-import copy
+import contextlib
 import csv
 import glob
 import hashlib
@@ -21,6 +21,8 @@ from support.formats import FIELDS, IMAGES, LAYOUTS, normalise
 from support.images import decoded, need_inside, open_image, pixel_hash
 
 SUFFIXES = ".jsonl .json .parquet .arrow .csv .tsv".split()
+BETWEEN = {".csv": ",", ".tsv": "\t"}  # the cells of a row
+PICTURES = tuple(".jpg .jpeg .png .webp .bmp .gif .tif .tiff".split())
 NO_RECORDS = ("dataset_info.json", "dataset_dict.json", "state.json")  # beside Arrow files
 NOT_READ = {  # how a file begins: what it is, and the way on
     b"version https://git-lfs": "a Git LFS pointer, not the file itself: run `git lfs pull`",
@@ -34,131 +36,112 @@ NOT_UTF8 = "the file is not UTF-8: convert it, perhaps with `iconv -f LATIN1 -t 
 # --- one file ------------------------------------------------------------------------------------
 
 
-class Numbered:
-    """What the kinds share: `starts` has a place for each record."""
+class Listed:
+    """Records that are read at once, and held in a list."""
+
+    def __init__(self, path, kind, found):
+        self.path, self.kind, self.found = path, kind, found
 
     def __len__(self):
-        return len(self.starts)
+        return len(self.found)
 
     def source(self, i):
-        return f"{self.path}: {self.PLACE} {i + 1}"
+        return f"{self.path}: {self.kind} {i + 1}"
+
+    def read(self, i):
+        return self.found[i]
 
 
-class JsonLines(Numbered):
+class JsonLines(Listed):
     """The objects of a JSONL file by number. Memory: 16 bytes each, however long the lines."""
 
-    KIND = "JSON"
-
     def __init__(self, path):
-        self.path, self.starts, self.numbers = path, array("q"), array("q")
+        super().__init__(path, "JSON", array("q"))  # the first byte of each
+        self.lines = array("q")
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 if not line.isspace():
-                    self.starts.append(file.tell() - len(line))
-                    self.numbers.append(number)
+                    self.found.append(file.tell() - len(line))
+                    self.lines.append(number)
 
     def source(self, i):
-        return f"{self.path}:{self.numbers[i]}"
+        return f"{self.path}:{self.lines[i]}"
 
     def read(self, i):
         with open(self.path, "rb") as file:
-            file.seek(self.starts[i])
+            file.seek(self.found[i])
             return json.loads(file.readline())
 
 
-class JsonList(Numbered):
-    """The elements of one JSON list. Memory: all of them; JSONL needs less."""
-
-    KIND, PLACE = "JSON", "record"
-
-    def __init__(self, path):
-        self.path = path
-        text = Path(path).read_text(encoding="utf-8-sig")
-        try:
-            self.starts = json.loads(text)
-        except ValueError as error:
-            raise UserError(
-                f"{path}:{error.lineno}: not valid JSON: {error.msg}, column {error.colno}"
-            ) from error
-
-    def read(self, i):
-        return copy.copy(self.starts[i])
+def json_list(path):
+    """The elements of one JSON list."""
+    text = Path(path).read_text(encoding="utf-8-sig")
+    try:
+        return Listed(path, "record", json.loads(text))
+    except ValueError as error:
+        raise UserError(
+            f"{path}:{error.lineno}: not valid JSON: {error.msg}, column {error.colno}"
+        ) from error
 
 
-class Parquet(Numbered):
+def table_of_text(path, between):
+    """The rows of a CSV or TSV file; an empty cell is none."""
+    csv.field_size_limit(2**27)
+    rows = []
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        for row in csv.DictReader(file, restkey="cells without a name", delimiter=between):
+            rows.append({name: value for name, value in row.items() if value})
+    return Listed(path, "row", rows)
+
+
+def pictures(path):
+    """A folder's pictures: records that have nothing but an image."""
+    names = [name for name in sorted(os.listdir(path)) if name.lower().endswith(PICTURES)]
+    return Listed(path, "picture", [{"image": name} for name in names])
+
+
+class Parquet(Listed):
     """The rows of a Parquet file by number. Memory: one row group a file, the one read last."""
-
-    KIND, PLACE = "Parquet", "row"
 
     def __init__(self, path):
         import pyarrow.parquet
 
-        self.path, self.file = path, pyarrow.parquet.ParquetFile(path, memory_map=True)
-        groups = range(self.file.num_row_groups)
-        sizes = [self.file.metadata.row_group(g).num_rows for g in groups]
+        super().__init__(path, "row", pyarrow.parquet.ParquetFile(path, memory_map=True))
+        about = self.found.metadata
+        sizes = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
         self.starts = [0, *accumulate(sizes)]  # first row of each group, and the end
-        self.loaded = None  # (number, table) of a group
+        self.loaded, self.table = None, None  # number of a group, and its rows
 
     def __len__(self):
         return self.starts[-1]
 
     def read(self, i):
         group = bisect_right(self.starts, i) - 1
-        if self.loaded is None or self.loaded[0] != group:
-            self.loaded = group, self.file.read_row_group(group)
-        return self.loaded[1].slice(i - self.starts[group], 1).to_pylist()[0]
+        if self.loaded != group:
+            self.loaded, self.table = group, self.found.read_row_group(group)
+        return self.table.slice(i - self.starts[group], 1).to_pylist()[0]
 
 
-class Rows(Numbered):
-    """The rows of a table that is read at once: CSV and TSV into memory, Arrow mapped from disk."""
-
-    KIND, PLACE = "a table", "row"
+class Arrow(Listed):
+    """The rows of an Arrow file, which is mapped from the disk."""
 
     def __init__(self, path):
-        self.path = path
-        if Path(path).suffix.lower() == ".arrow":
-            import pyarrow
+        import pyarrow
 
-            file = pyarrow.memory_map(str(path))
-            is_file = file.read(6) == b"ARROW1"  # else a stream, as `save_to_disk` writes it
-            file.seek(0)
-            reader = pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream
-            self.table = reader(file).read_all()
-        else:
-            between = "\t" if Path(path).suffix.lower() == ".tsv" else ","
-            csv.field_size_limit(2**27)
-            with open(path, encoding="utf-8-sig", newline="") as file:
-                rows = csv.DictReader(file, restkey="cells without a name", delimiter=between)
-                self.table = list(rows)
-
-    def __len__(self):
-        return len(self.table)
+        file = pyarrow.memory_map(str(path))
+        is_file = file.read(6) == b"ARROW1"  # else a stream, as `save_to_disk` writes it
+        file.seek(0)
+        reader = pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream
+        super().__init__(path, "row", reader(file).read_all())
 
     def read(self, i):
-        row = self.table[i : i + 1]
-        if not isinstance(row, list):
-            return row.to_pylist()[0]
-        return {name: value for name, value in row[0].items() if value}  # an empty cell is none
-
-
-class Pictures(Numbered):
-    """A folder's pictures: records that have nothing but an image."""
-
-    KIND, PLACE = "a folder", "picture"
-    ENDINGS = tuple(".jpg .jpeg .png .webp .bmp .gif .tif .tiff".split())
-
-    def __init__(self, path):
-        names = sorted(os.listdir(path))
-        self.path, self.starts = path, [n for n in names if n.lower().endswith(self.ENDINGS)]
-
-    def read(self, i):
-        return {"image": self.starts[i]}
+        return self.found.slice(i, 1).to_pylist()[0]
 
 
 def open_file(path):
     """The records of one file, of whatever kind it is."""
     if os.path.isdir(path):
-        return Pictures(path)
+        return pictures(path)
     with open(path, "rb") as file:
         head = file.read(64)
     for beginning, what in NOT_READ.items():
@@ -167,10 +150,12 @@ def open_file(path):
     suffix = Path(path).suffix.lower()
     if head.startswith(b"PAR1") or suffix == ".parquet":
         return Parquet(path)
-    if suffix in (".csv", ".tsv", ".arrow"):
-        return Rows(path)
+    if suffix == ".arrow":
+        return Arrow(path)
+    if suffix in BETWEEN:
+        return table_of_text(path, BETWEEN[suffix])
     if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-        return JsonList(path)
+        return json_list(path)
     lines = JsonLines(path)
     if suffix == ".json" and len(lines) > 1:
         try:
@@ -190,30 +175,33 @@ def files_of(path, pictures_will_do):
     """The files that a path means: itself, a folder's, or a glob's, in the order of their names. A
     folder with pictures is one by itself where these are wanted."""
     if os.path.isdir(path):
-        if pictures_will_do and len(Pictures(path)):
+        if pictures_will_do and len(pictures(path)):
             return [Path(path)]
-        found = []
-        for file in sorted(Path(path).rglob("*")):
-            hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-            if file.suffix.lower() in SUFFIXES and file.name not in NO_RECORDS and not hidden:
-                found.append(file)
-        kinds = sorted({file.suffix.lower() for file in found})
-        names = " ".join(str(file.relative_to(path)) for file in found)
-        splits = sorted(set(re.findall(r"\b(train|test|val|validation|dev)\b", names)))
-        for several in (kinds, splits):
-            if len(several) > 1:
-                raise UserError(
-                    f"{path}: the folder has {' and '.join(several)} files; say which, as a quoted "
-                    f"glob: '{path}/*{several[-1]}*'"
-                )
+        # glob leaves out what is hidden.
+        inside = map(Path, glob.glob(f"{glob.escape(str(path))}/**", recursive=True))
+        found = [file for file in inside if file.suffix.lower() in SUFFIXES]
+        found = [file for file in found if file.name not in NO_RECORDS]
+        need_one_kind(path, [file.relative_to(path) for file in found])
     elif os.path.exists(path):
         found = [Path(path)]
     else:
-        found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+        found = [Path(name) for name in glob.glob(str(path), recursive=True)]
     if not found:
         what = "no images and no record files there" if os.path.isdir(path) else "no such file"
         raise UserError(f"{path}: {what}")
-    return found
+    return sorted(found)
+
+
+def need_one_kind(path, files):
+    """Refuse a folder that mixes kinds of files, or splits."""
+    kinds = {file.suffix.lower() for file in files}
+    splits = set(re.findall(r"\b(train|test|val|validation|dev)\b", " ".join(map(str, files))))
+    for several in (sorted(kinds), sorted(splits)):
+        if len(several) > 1:
+            raise UserError(
+                f"{path}: the folder has {' and '.join(several)} files; say which, as a quoted "
+                f"glob: '{path}/*{several[-1]}*'"
+            )
 
 
 def field_names(text):
@@ -239,6 +227,21 @@ def add_data_options(parser, what="record file, folder of them, or quoted glob (
     add("--allow-outside", action="store_true", help="permit image paths out of that folder")
 
 
+@contextlib.contextmanager
+def named(source, kind):
+    """Whatever goes wrong inside is said of this file or record."""
+    try:
+        yield
+    except UserError:
+        raise
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source}: {NOT_UTF8}") from error
+    except Exception as error:  # JSON, recursion, pyarrow have a kind each
+        if isinstance(error, OSError) and error.errno:
+            raise Unreadable(f"{source}: {error}") from error
+        raise UserError(f"{source}: not valid {kind}: {error}") from error
+
+
 class Records:
     """The records of a path in one form (`formats.normalise`), each with its `source`
     ("file:line") and its `root`, the folder where its image paths start. A broken record is an
@@ -249,17 +252,12 @@ class Records:
     """
 
     def __init__(self, path, image_root=None, fields=None, needed=("image", "prompt", "chosen")):
-        self.names, self.needed, self.files, self.roots = field_names(fields), needed, [], []
+        self.names, self.needed, self.files = field_names(fields), needed, []
         for file in files_of(path, pictures_will_do=self.needed == ("image",)):
-            try:
-                self.files.append(open_file(file))
-            except UserError:
-                raise
-            except UnicodeDecodeError as error:
-                raise UserError(f"{file}: {NOT_UTF8}") from error
-            except Exception as error:  # pyarrow has many kinds
-                raise UserError(f"{file}: {error}") from error
-            self.roots.append(Path(image_root or (file if file.is_dir() else file.parent)))
+            with named(file, "record file"):
+                opened = open_file(file)
+            opened.root = Path(image_root or (file if file.is_dir() else file.parent))
+            self.files.append(opened)
         self.starts = [0, *accumulate(len(file) for file in self.files)]
         if len(self) == 0:
             raise UserError(f"{path}: the file has no records")
@@ -268,37 +266,27 @@ class Records:
         return self.starts[-1]
 
     def place(self, i):
-        """(number of the file, number in it) of record i."""
+        """(the file of record i, its number there)"""
         if not 0 <= i < len(self):
             raise IndexError(i)  # which ends a for loop
         number = bisect_right(self.starts, i) - 1
-        return number, i - self.starts[number]
+        return self.files[number], i - self.starts[number]
 
     def source(self, i):
-        number, k = self.place(i)
-        return self.files[number].source(k)
+        file, k = self.place(i)
+        return file.source(k)
 
     def raw(self, i):
         """Record i as it stands in the file, under our names where --fields gives them."""
-        number, k = self.place(i)
-        file = self.files[number]
+        file, k = self.place(i)
         source = file.source(k)
-        try:
+        with named(source, file.kind):
             raw = file.read(k)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{source}: {NOT_UTF8}") from error
-        except Exception as error:  # JSON, recursion, pyarrow
-            if isinstance(error, OSError) and error.errno:
-                raise Unreadable(f"{source}: {error}") from error
-            raise UserError(f"{source}: not valid {file.KIND}: {error}") from error
         if not isinstance(raw, dict):
             raise UserError(f"{source}: not a JSON object but {type(raw).__name__}")
-        if not self.names:
-            return raw
+        own = {name: value for name, value in raw.items() if name not in self.names.values()}
         there = {ours: raw[theirs] for ours, theirs in self.names.items() if theirs in raw}
-        for theirs in self.names.values():
-            raw.pop(theirs, None)
-        return {**raw, **there}  # all at once: two names may have been exchanged
+        return {**own, **there}  # all at once: two names may have been exchanged
 
     def hash(self, i):
         """A short one of record i as it stands in the file; None where it cannot be read."""
@@ -314,7 +302,7 @@ class Records:
             record = normalise(raw, self.needed)
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise UserError(f"{source}: {error}") from error
-        return {**record, "source": source, "root": self.roots[self.place(i)[0]]}
+        return {**record, "source": source, "root": self.place(i)[0].root}
 
 
 # --- records whose images are files --------------------------------------------------------------

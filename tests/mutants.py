@@ -191,8 +191,8 @@ MUTANTS = [
     Mutant(
         "replies under way are waited for",
         "support/chat.py",
-        "        wait(late, GRACE)\n",
-        "",
+        "asyncio.wait_for(late, GRACE)",
+        "asyncio.wait_for(late, 0)",
         "tests/faults/test_servers.py -k under_way",
     ),
     Mutant(

@@ -197,11 +197,13 @@ def test_lessons_have_the_layout_of_data_py(model):
         ("Is there a cup in this image?", "Yes"),
     ]
     for prompt, answer in qa:
-        ids, branch, position, label = tiny_model.encode(prompts, [(prompt, answer)])
+        columns = zip(*tiny_model.encode(prompts, [(prompt, answer)]))
+        ids, branch, position, label = map(list, columns)
         inputs = prompts.encode([prompt], [draw(scene)])
         response = prompts.encode_response(answer)
         assert ids == inputs["input_ids"][0].tolist() + response
         assert [i for i in label if i != -100] == response and position == [*range(len(ids))]
+        assert branch == [0] * branch.count(0) + [1] * branch.count(1)
     with torch.no_grad():
         features = tiny_model.patches(model, prompts.processor, [scene])
         one, two, both = (

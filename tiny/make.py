@@ -17,20 +17,9 @@ import torch
 from benchmarks.answers import measure
 from support.cli import new_parser
 from support.files import write_json, write_lines
-from tiny.model import (
-    new_model,
-    new_processor,
-    train_language,
-    train_tower,
-)
+from tiny.model import new_model, new_processor, train_language, train_tower
 from tiny.records import caption_records, question_records
-from tiny.sets import (
-    write,
-    write_amber,
-    write_hallusionbench,
-    write_mmstar,
-    write_objhal,
-)
+from tiny.sets import write, write_amber, write_hallusionbench, write_mmstar, write_objhal
 from tiny.world import content, new_scenes, png
 from vlm.prompts import Prompts
 
@@ -53,14 +42,15 @@ def build(out, size, seed):
     processor = new_processor()
     model = new_model(len(processor.tokenizer))
     train_tower(model, processor, lessons, size["tower"], rng)
-    train_language(model, processor, lessons, size, rng)
+    prompts = Prompts(processor, "vicuna")
+    train_language(model, prompts, lessons, size, rng)
     model.eval().save_pretrained(out / "model")
     processor.save_pretrained(out / "model")
 
     files = {}
     for name, share in (("prefs", 1), ("val", 0.125)):
-        captions = caption_records(model, processor, splits[name], rng, seen)
-        questions = question_records(model, processor, splits[name], rng, seen)
+        captions = caption_records(model, prompts, splits[name], rng, seen)
+        questions = question_records(model, prompts, splits[name], rng, seen)
         records = captions[: int(share * size["captions"])]
         records += questions[: int(share * size["yes_no"])]
         rng.shuffle(records)
@@ -70,7 +60,7 @@ def build(out, size, seed):
     write_hallusionbench(out / "hallusionbench", splits["hallusionbench"], rng, seen)
     write_objhal(out / "objhal", splits["objhal"])
     write_mmstar(out / "mmstar", splits["mmstar"], rng)
-    rates = measure(model, Prompts(processor, "vicuna"), out / "amber_val")["metrics"]
+    rates = measure(model, prompts, out / "amber_val")["metrics"]
     manifest = {
         "seed": seed,
         "size": size,

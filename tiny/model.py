@@ -37,7 +37,6 @@ from tiny.world import (
     yes_no,
 )
 from vlm.generate import generate
-from vlm.prompts import Prompts
 
 DESCRIBE = ["Describe this image.", "What is in this image?"]
 DIRECT = [  # what evaluate.py puts under MMStar's questions
@@ -88,8 +87,7 @@ def optimise(parameters, steps, lr, loss_of, name):
     """AdamW with warm-up and cosine decay; loss_of(step) is the loss to descend."""
     parameters = [p for p in parameters if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
-    bar = tqdm(range(steps), desc=name, unit="step", mininterval=2)
-    for step in bar:
+    for step in tqdm(range(steps), desc=name, unit="step"):
         decay = 0.51 + 0.49 * math.cos(math.pi * step / steps)
         optimizer.param_groups[0]["lr"] = lr * (min(1, (step + 1) / 30) * decay)
         loss = loss_of(step)
@@ -97,7 +95,6 @@ def optimise(parameters, steps, lr, loss_of, name):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
 
 
 def train_tower(model, processor, scenes, steps, rng):
@@ -165,45 +162,40 @@ def short_lesson(scene, asked, noun, color):
     return told
 
 
-class Lesson(NamedTuple):
-    """A lesson as one row: the prefix up to the image once, each question and answer as a branch.
-    Lists of equal length."""
+class Token(NamedTuple):
+    """Of a lesson that is one row: the prefix up to the image once, then each question and answer
+    as a branch."""
 
-    ids: list  # of tokens
-    branch: list  # 0 is the prefix
-    position: list
-    label: list  # -100: no loss
+    id: int
+    branch: int  # 0 is the prefix
+    position: int
+    label: int  # -100: no loss
 
 
 def encode(prompts, qa, bare=False):
-    """A `Lesson` of [(prompt, answer), ...]. bare: no system sentence, no roles."""
-    row = None
-    for k, (prompt, answer) in enumerate(qa, 1):
+    """The `Token`s of [(prompt, answer), ...]. bare: no system sentence, no roles."""
+    row = []
+    for branch, (prompt, answer) in enumerate(qa, 1):
         text = f"<s><image> {prompt}" if bare else prompts.render(prompt)
         text = text.replace("<image>", "<image>" * PATCHES)
         ids = prompts.tokenizer(text, add_special_tokens=False).input_ids
         split = len(ids) - ids[::-1].index(IMAGE)  # behind the last image token
-        if row is None:
-            row = Lesson(ids[:split], [0] * split, list(range(split)), [-100] * split)
-        question, answer = ids[split:], prompts.encode_response(answer)
-        size = len(question) + len(answer)
-        row.ids.extend(question + answer)
-        row.branch.extend([k] * size)
-        row.position.extend(range(split, split + size))
-        row.label.extend([-100] * len(question) + answer)
+        response = prompts.encode_response(answer)
+        labels = [-100] * len(ids) + response
+        tokens = list(zip(ids + response, labels))
+        if not row:
+            row = [Token(id, 0, place, -100) for place, id in enumerate(ids[:split])]
+        for place, (id, label) in enumerate(tokens[split:], split):
+            row.append(Token(id, branch, place, label))
     return row
 
 
 def lesson_loss(model, features, rows):
     """Mean loss of the answers' tokens; a branch sees the prefix and its own past, nothing else."""
-    width = max(len(row.ids) for row in rows)
-
-    def padded(field, fill):
-        lists = [getattr(row, field) for row in rows]
-        return torch.tensor([values + [fill] * (width - len(values)) for values in lists])
-
-    ids, branch = padded("ids", PAD), padded("branch", -1)
-    position, label = padded("position", 0), padded("label", -100)
+    width = max(len(row) for row in rows)
+    padding = Token(PAD, -1, 0, -100)
+    padded = [row + [padding] * (width - len(row)) for row in rows]
+    ids, branch, position, label = torch.tensor(padded).unbind(-1)  # (B, T) each
     mask = (branch[:, :, None] == branch[:, None]) | (branch[:, None] == 0)
     mask = mask[:, None] & torch.ones(width, width, dtype=torch.bool).tril()
     image = model.model.multi_modal_projector(features)
@@ -215,14 +207,13 @@ def lesson_loss(model, features, rows):
     return cross_entropy(model.lm_head(hidden[:, :-1][told]), label[:, 1:][told])
 
 
-def train_language(model, processor, scenes, size, rng, batch_size=12):
+def train_language(model, prompts, scenes, size, rng, batch_size=12):
     """Lessons about frozen image features, from short to biased. Without the first two stages the
     model finds out late or never that an answer depends on both the question and the image."""
-    prompts = Prompts(processor, "vicuna")
     features = []
     with torch.no_grad():
         for i in range(0, len(scenes), 500):
-            features.append(patches(model, processor, scenes[i : i + 500]))
+            features.append(patches(model, prompts.processor, scenes[i : i + 500]))
     features = torch.cat(features)
 
     def loss_of(step):
@@ -239,9 +230,9 @@ def train_language(model, processor, scenes, size, rng, batch_size=12):
 
 
 @torch.no_grad()
-def reply(model, processor, pairs, sample=False, batch_size=200):
+def reply(model, prompts, pairs, sample=False, batch_size=200):
     """The model's answers to (scene, prompt) pairs: greedy, or sampled at temperature 1."""
-    prompts, said = Prompts(processor, "vicuna"), []
+    said = []
     for start in range(0, len(pairs), batch_size):
         scenes, texts = zip(*pairs[start : start + batch_size])
         pictures = [draw(scene) for scene in scenes]

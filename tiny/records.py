@@ -38,10 +38,10 @@ def record_of(scene, prompt, said, other, kind, task):
     }
 
 
-def caption_records(model, processor, scenes, rng, seen):
+def caption_records(model, prompts, scenes, rng, seen):
     """Records whose rejected caption is the model's own sample and names an absent object."""
     asked = [(scene, rng.choice(DESCRIBE)) for scene in scenes]
-    samples = [reply(model, processor, asked, sample=True) for _ in range(3)]
+    samples = [reply(model, prompts, asked, sample=True) for _ in range(3)]
     records = []
     for (scene, prompt), *texts in zip(asked, *samples):
         wrong = sorted({text for text in texts if invented(text, scene)})
@@ -63,7 +63,7 @@ def contrast_of_caption(scene, scenes, text, kind, rng):
     return neighbour(scene, scenes, lambda other: false in names(other))
 
 
-def question_records(model, processor, scenes, rng, seen):
+def question_records(model, prompts, scenes, rng, seen):
     """Records of the yes/no questions that the model gets wrong; true of the contrast image is the
     answer that is wrong for the image."""
     asked = []
@@ -71,7 +71,7 @@ def question_records(model, processor, scenes, rng, seen):
         asked += [(scene, ("exists", noun)) for noun in NOUNS]
     for scene in scenes:
         asked += [(scene, random_question(kind, scene, rng)) for kind in KINDS[1:]]
-    texts = reply(model, processor, [(scene, ask(question)) for scene, question in asked])
+    texts = reply(model, prompts, [(scene, ask(question)) for scene, question in asked])
     records = []
     for (scene, question), text in zip(asked, texts):
         right = truth(question, scene)

@@ -6,7 +6,6 @@ from support.files import write_json, write_lines
 from tiny.model import DESCRIBE
 from tiny.world import (
     CHOICES,
-    COLORS,
     NOUNS,
     absent_partners,
     ask,
@@ -18,6 +17,7 @@ from tiny.world import (
     png,
     random_choice,
     random_question,
+    state_questions,
     truth,
     yes_no,
 )
@@ -66,10 +66,7 @@ def write_amber(folder, scenes, rng):
 
 def flipped_pair(scene, rng, seen):
     """The scene and an edit of it, and questions: the edit flips the first and keeps the others."""
-    pool = []
-    for noun in names(scene):
-        pool += [("state", noun, color) for color in COLORS]
-    pool += [("exists", noun) for noun in NOUNS]
+    pool = state_questions(scene) + [("exists", noun) for noun in NOUNS]
     hard = [("exists", noun) for noun in absent_partners(scene)]
     first, other = first_flip(scene, hard + rng.sample(pool, len(pool)), rng, seen)
     questions = [first]
