@@ -20,7 +20,7 @@ from collections import Counter
 from benchmarks.common import Settings, need_answers, plain
 from support.cli import UserError
 
-NAMES = ("amber", "hallusionbench", "mmhal", "mmstar", "objhal")
+NAMES = ("amber", "hallusionbench", "mmhal", "mmstar", "objhal", "pope")
 BENCHMARKS = {name: importlib.import_module(f"benchmarks.{name}.{name}") for name in NAMES}
 DOUBTS = ("empty or given up", "cut by the token limit", "unclear", "judgement unreadable")
 MOST_DOUBTFUL = 0.02  # share of the answers above which a row is marked

@@ -4,10 +4,13 @@ Nothing in benchmarks/ imports torch (but answers.py, where a model answers): sc
 """
 
 import base64
+import csv
 import functools
+import itertools
 import json
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +55,7 @@ class Case:
 
 
 def read(path):
-    """A JSON file's value, or the list of values of a JSONL or parquet file."""
+    """A JSON file's value, or the list of values of a JSONL, parquet or TSV file."""
     path = Path(path)
     try:
         raw = path.read_bytes()
@@ -64,6 +67,8 @@ def read(path):
 
             return pyarrow.parquet.read_table(pyarrow.BufferReader(raw)).to_pylist()
         text = raw.decode("utf-8-sig").replace("\r\n", "\n").strip()
+        if path.suffix == ".tsv":
+            return tab_separated(text)
         is_lines = path.suffix == ".jsonl" or "}\n{" in text
         if is_lines and not text.startswith("["):
             lines = [line for line in text.split("\n") if line.strip()]
@@ -73,13 +78,40 @@ def read(path):
         raise UserError(f"{path}: cannot be read: {error}") from error
 
 
+def tab_separated(text):
+    """The rows of VLMEvalKit's TSVs: an image is base64, or the index of the row that has it."""
+    csv.field_size_limit(sys.maxsize)
+    rows = list(csv.DictReader(text.splitlines(keepends=True), delimiter="\t"))
+    images = {row["index"]: row["image"] for row in rows}
+    for row in rows:
+        row["image"] = images.get(row["image"], row["image"])
+    return rows
+
+
+def rows_of(folder, *patterns):
+    """The rows of the files that the first pattern finds, in the folder or its data/. Several files
+    are the parts of one table."""
+    for place in (Path(folder), Path(folder, "data")):
+        for pattern in patterns:
+            files = sorted(place.glob(pattern))
+            if files:
+                return list(itertools.chain.from_iterable(map(read, files)))
+    raise missing(folder, patterns)
+
+
+def missing(folder, names):
+    return UserError(
+        f"{folder}: no {' or '.join(names)}; `evaluate.py fetch-help` says what to get"
+    )
+
+
 def find(folder, *names):
     """The first of the named files that is in the folder or in its data/."""
     for place in (Path(folder), Path(folder, "data")):
         for name in names:
             if (place / name).is_file():
                 return place / name
-    raise UserError(f"{folder}: no {' or '.join(names)}; `evaluate.py fetch-help` says what to get")
+    raise missing(folder, names)
 
 
 def word_list(benchmark, name):

@@ -21,6 +21,7 @@ from benchmarks.common import (
     need_fields,
     question_about,
     read,
+    rows_of,
     word_list,
 )
 from benchmarks.words import noun_reader, similarity
@@ -28,6 +29,7 @@ from support.cli import UserError
 
 ITEMS, ANSWER, JUDGE = 15220, "response", "none"
 FILES = ("query/query_all.json", "annotations.json", "relation.json", "safe_words.txt")
+TSV = "AMBER*.tsv"  # VLMEvalKit's: the yes/no questions alone
 COLUMNS = {  # of the report: heading -> where it stands in the metrics
     "Acc↑": ("discriminative", "Accuracy"),
     "F1↑": ("discriminative", "F1"),
@@ -42,26 +44,40 @@ PARTS = read(word_list("amber", "parts.json"))
 
 
 def questions(folder, settings):
-    notes = read(find(folder, "annotations.json"))
+    notes, asked = notes_of(folder), []
     wanted = set(PARTS["of_dimension"][settings.dimension])
-    asked = []
-    for row in read(find(folder, "query/query_all.json")):
-        if wanted.isdisjoint(PARTS["of_type"][notes[row["id"] - 1]["type"]]):
-            continue
-        asked.append(question_about(row, row["query"], row["image"], folder, "image", settings))
+    rows = rows_of(folder, "query/query_all.json", TSV)
+    for row in rows:
+        if "query" not in row:
+            row = {"id": int(row["index"]), "query": row["question"], "image": row["image"]}
+        if not wanted.isdisjoint(PARTS["of_type"][notes[row["id"]]["type"]]):
+            asked.append(question_about(row, row["query"], row["image"], folder, "image", settings))
     return asked
+
+
+def notes_of(folder):
+    """{id: what the annotators say of the question}."""
+    rows = rows_of(folder, "annotations.json", TSV)
+    if "truth" in rows[0]:
+        return dict(enumerate(rows, start=1))
+    notes = {}
+    for row in rows:
+        notes[int(row["index"])] = {"type": row["category"], "truth": row["answer"]}
+    return notes
 
 
 def cases(answers, folder, settings):
     """([Case], how texts were read)."""
     need_fields(answers, {ANSWER: str, "id": int})
-    notes = read(find(folder, "annotations.json"))
-    captions, found, reading = Captions(folder, settings.similar), [], settings.protocol
+    notes, captions = notes_of(folder), None
+    found, reading = [], settings.protocol
     for number, answer in enumerate(answers, start=1):
-        if not 0 < answer["id"] <= len(notes):
+        if answer["id"] not in notes:
             raise UserError(f"answer {number}: AMBER has no question with the id {answer['id']}")
-        note, text = notes[answer["id"] - 1], answer[ANSWER]
+        note, text = notes[answer["id"]], answer[ANSWER]
         if note["type"] == "generative":
+            if captions is None:  # a TSV has no word lists, and no captions
+                captions = Captions(folder, settings.similar)
             case = captions.read(text, note)
             reading = captions.reading
         else:
@@ -81,10 +97,10 @@ def score(answers, folder, settings):
             counts[part].update(case.counts)
     metrics = {}
     for part in PARTS["of_dimension"][settings.dimension]:
-        if part == "generative":
-            metrics[part] = of_captions(counts[part])
-        else:
+        if part != "generative":
             metrics[part] = of_yes_no(counts[part], part)
+        elif counts[part]:  # VLMEvalKit's file has no captions
+            metrics[part] = of_captions(counts[part])
     return metrics, reading
 
 

@@ -16,7 +16,7 @@ import re
 from collections import defaultdict
 from typing import NamedTuple
 
-from benchmarks.common import Case, Question, find, need_fields, percent, question_about, read
+from benchmarks.common import Case, Question, need_fields, percent, question_about, rows_of
 from support.cli import UserError
 
 ITEMS, ANSWER, JUDGE = 1129, "model_prediction", "optional"
@@ -40,13 +40,33 @@ class Place(NamedTuple):
 
 def questions(folder, settings):
     asked = []
-    for row in read(find(folder, *FILES)):
-        if row["visual_input"] == "0":
-            asked.append(Question(row["question"], None, row))
+    for row in rows_of(folder, *FILES, "HallusionBench.tsv", "*.parquet"):
+        if "l2-category" in row:
+            row = row_of_tsv(row)
+        if str(row["visual_input"]) == "0":
+            record = {name: row[name] for name in row if name != "image"}
+            asked.append(Question(row["question"], None, record))
         else:
-            about = row["question"], row.get("filename")
+            about = row["question"], row.get("image") or row.get("filename")
             asked.append(question_about(row, *about, folder, "hallusion_bench", settings))
     return asked
+
+
+def row_of_tsv(row):
+    """VLMEvalKit's row, which has the numbers in its index, as the published one. It leaves out the
+    questions that have no image."""
+    set_id, figure_id, question_id = row["index"].split("_")[-3:]
+    return {
+        "category": row["category"],
+        "subcategory": row["l2-category"],
+        "visual_input": "1",
+        "set_id": set_id,
+        "figure_id": figure_id,
+        "question_id": question_id,
+        "question": row["question"],
+        "gt_answer": str(int(row["answer"].lower() == "yes")),
+        "image": row["image"],
+    }
 
 
 def judge_messages(prompt, row):

@@ -10,24 +10,24 @@ Six categories, eighteen sub-categories: shares of right letters. Protocol "symm
 takes the first a to d anywhere in the answer; "official" wants the letter in its place.
 """
 
+import contextlib
 import re
 from collections import Counter
-from pathlib import Path
 
 from benchmarks.common import (
     Case,
-    find,
     need_fields,
     percent,
     question_about,
     read,
+    rows_of,
     word_list,
 )
 from support.cli import UserError
 
 ITEMS, ANSWER, JUDGE = 1500, "prediction", "none"
 FILES = ("mmstar.parquet",)
-OTHER_NAMES = ("MMStar.parquet", "mmstar.json", "mmstar.jsonl")
+TABLES = ("mmstar.json*", "MMStar.tsv", "*.parquet")
 COLUMNS = {"Overall↑": ("overall",)}
 SUFFIX = {  # what is asked behind a question
     "symmpo": "\nAnswer the question directly.",
@@ -37,7 +37,7 @@ SUFFIX = {  # what is asked behind a question
 
 def questions(folder, settings):
     asked = []
-    for row in read(find(folder, *FILES, *OTHER_NAMES)):
+    for row in rows_of(folder, *TABLES):
         prompt = row["question"] + SUFFIX[settings.protocol]
         asked.append(question_about(row, prompt, row.get("image"), folder, "images", settings))
     return asked
@@ -84,12 +84,11 @@ def parts_of(row):
 
 def published_sizes(folder):
     """{part: questions}: of the question file that is there, else of the published one."""
-    for name in (*FILES, *OTHER_NAMES):
-        if Path(folder, name).is_file():
-            size = Counter()
-            for row in read(Path(folder, name)):
-                size.update(parts_of(row))
-            return size
+    with contextlib.suppress(UserError):  # scoring needs no question file
+        size = Counter()
+        for row in rows_of(folder, *TABLES):
+            size.update(parts_of(row))
+        return size
     size = {"overall": ITEMS}
     for category, inside in read(word_list("mmstar", "categories.json")).items():
         size[category] = 250
