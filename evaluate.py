@@ -204,7 +204,7 @@ def parse_args(argv=None):
     add("--temperature", type=within(0, kind=float), default=0.0, help="0: deterministic")
     add("--seed", type=int, default=0)
     add("--prompt-format", choices=("auto", "vicuna", "chat"), default="auto")
-    add("--square", choices=("auto", "pad", "crop"), default="auto", help="see vlm/prompts.py")
+    add("--square", choices=("own", "pad", "crop"), default="own", help="see vlm/prompts.py")
     add("--server", help="instead of a model: an OpenAI-compatible server, http://host:8000/v1")
     # who judges, and what is scored
     add("--judge-url", help="the judge's OpenAI-compatible server; the key is OPENAI_API_KEY")
@@ -217,6 +217,7 @@ def parse_args(argv=None):
     add("--judgements", help="score: raw judge replies in answer order")
     add("--similar", help="score, AMBER: JSON list of pairs of words that mean the same")
     add("--paper", choices=("7b", "13b", "bunny", "none"), help="published rows shown")
+    add("--differences", action="store_true", help="report: to each published row, and in settings")
     args = parser.parse_args(argv)
 
     if args.command == "fetch-help" and args.names:
@@ -246,7 +247,13 @@ def main(argv=None):
         "generate": (generate, args),
         "judge": (judge, args, Path(args.out)),
         "score": (score_files, args, args.answers, args.judgements, args.out),
-        "report": (report.write, args.names or ["metrics.json"], args.out, args.paper),
+        "report": (
+            report.write,
+            args.names or ["metrics.json"],
+            args.out,
+            args.paper,
+            args.differences,
+        ),
         "fetch-help": (fetch_help, args),
     }
     run_command(*commands[args.command])

@@ -76,7 +76,7 @@ class Options(symmpo.Weights):
     lora_dropout: float = option(0.0, "0, since the reference has none")
     max_length: int = option(2048, "tokens of image, prompt and response", above_0=True)
     prompt_format: str = option("auto", "auto: vicuna for LLaVA-1.5", ("auto", "vicuna", "chat"))
-    square: str = option("auto", "of pictures, for vlm.convert's models", ("auto", "pad", "crop"))
+    square: str = option("auto", "pictures, for vlm.convert's models", ("auto", "pad", "crop"))
     dtype: str = option("auto", "of the base; auto: bf16 on CUDA", ("auto", "bfloat16", "float32"))
     load_4bit: bool = option(False, "NF4 base weights (CUDA, bitsandbytes): for cards of 24 GB")
     device: str = option("auto", "auto: CUDA when there is one", ("auto", "cuda", "cpu"))
@@ -174,8 +174,7 @@ def prepare(options):
         torch.set_num_threads(1)  # matrices too small to be shared between threads
     if not options.no_share_prefix:
         need_packable(model, options.max_length)
-    given = model.config, processor, options.prompt_format, options.square
-    examples.prompts = prompts_for(*given, in_training=True)
+    examples.prompts = prompts_for(model.config, processor, options.prompt_format, options.square)
 
     left_out = {}
     held, samples = held_out(options.eval_data, examples.prompts, options, left_out)

@@ -2,8 +2,8 @@
 
 (!) marks rows of which more than 2 % of the answers or judgements are empty, cut or unclear.
 
-paper.json has these: Table 1 of the SymMPO paper and Table 1 of the mDPO paper. (AMBER's captions
-are only in the latter, whose MMHal rates are written in percent.)
+paper.json has the tables of the SymMPO and mDPO papers, and LLaVA-1.5's POPE. (AMBER's captions
+are in the mDPO paper alone, whose MMHal rates are written in percent.)
 """
 
 import statistics
@@ -14,8 +14,9 @@ from benchmarks.common import HERE, read
 from support.files import write_atomically
 
 
-def write(files, folder, paper=None):
-    """files: metrics.json files. paper: "7b", "13b", "none", or by the first row's model."""
+def write(files, folder, paper=None, differences=False):
+    """files: metrics.json files. paper: "7b", "13b", "none", or by the first row's model.
+    differences: also how far we are from each published row; for results of one model."""
     results, rows = [read(file) for file in files], {}
     for result in results:
         name, row = result.get("row") or result["name"], row_of(result)
@@ -27,9 +28,13 @@ def write(files, folder, paper=None):
             name += f" ({len(rows) + 1})"  # another model of this name
         for heading, values in row.items():
             rows.setdefault(name, {}).setdefault(heading, []).extend(values)
-    rows |= published(paper, results[0].get("model", ""))
+    known = published(paper, results[0].get("model", ""))
+    own, rows = rows, rows | known
     headings = list(dict.fromkeys(heading for row in rows.values() for heading in row))
-    text = "\n".join(table(rows, headings) + [""] + made(results))
+    lines = table(rows, headings) + [""] + made(results)
+    if differences:
+        lines += [""] + calibration(own, known) + [""] + other_settings(results)
+    text = "\n".join(lines)
     print(text)
     write_atomically(Path(folder, "report.md"), text + "\n")
     draw(rows, headings, Path(folder, "report.png"))
@@ -62,6 +67,35 @@ def table(rows, headings):
     for name, row in rows.items():
         cells = [with_spread(row.get(heading, [])) for heading in headings]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def calibration(own, known):
+    """Lines of Markdown: our numbers and, of each published row, its own and ours minus it."""
+    names = "".join(f" | {name}" for name in known)
+    lines = [f"| column | ours{names} |", "| --- | ---: " + "| ---: " * len(known) + "|"]
+    for row in own.values():
+        for heading, (value, *_) in row.items():
+            line = f"| {heading} | {value:.4g}"
+            for other in known.values():
+                published = other.get(heading, [])
+                gap = f" ({value - published[0]:+.4g})" if published else ""
+                line += f" | {with_spread(published)}{gap}"
+            lines.append(line + " |")
+    return lines
+
+
+def other_settings(results):
+    """Lines: where our answers came about in another way than the published ones."""
+    settings, lines = read(HERE / "paper_settings.json"), []
+    for result in results:
+        expected = settings["all"] | settings.get(result["benchmark"], {})
+        for name, published in expected.items():
+            value = result.get(name, result.get("decoding", {}).get(name))
+            if value != published:
+                lines.append(
+                    f"- {result['benchmark']}, {name}: ours {value}, published {published}"
+                )
     return lines
 
 

@@ -1,5 +1,6 @@
-# Does this evaluation give the published numbers of a published model? (--data: any file, nothing is trained)
+# Does this evaluation give the published numbers of a published model? With the differences.
+untrained=yes
 . "$(dirname "$0")/rows.sh"
-measure hallusionbench objhal mmhal amber mmstar
+measure hallusionbench objhal mmhal amber mmstar pope
 row base
 finish

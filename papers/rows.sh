@@ -22,7 +22,7 @@ while [ $# -gt 0 ]; do
             ;;
     esac
 done
-if [ -n "$model" ] && { [ -z "$data" ] || [ "$benchmarks" = "$root/tiny/built" ]; }; then
+if [ -n "$model" ] && { [ -z "$data${untrained:-}" ] || [ "$benchmarks" = "$root/tiny/built" ]; }; then
     echo "error: --model goes with --data FILE and --benchmarks DIR (a folder for each benchmark)" >&2
     exit 2
 fi
@@ -97,5 +97,5 @@ row() {
 }
 
 finish() {
-    [ -n "$dry" ] || python "$root/evaluate.py" report "${metrics[@]}" --out "$out" --paper "$paper"
+    [ -n "$dry" ] || python "$root/evaluate.py" report "${metrics[@]}" --out "$out" --paper "$paper" ${untrained:+--differences}
 }

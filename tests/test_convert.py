@@ -209,12 +209,11 @@ def test_a_row_for_the_image_alone_is_added(original, converted):
 
 
 def test_pictures_are_cropped_for_training_and_padded_for_evaluation(converted, picture, capsys):
-    config, processor = load_model(str(converted))[0].config, None
-    pixels = {}
+    config, pixels = load_model(str(converted))[0].config, {}
     for name, options in {
         "evaluation": {},
-        "training": {"in_training": True},
-        "padded training": {"in_training": True, "square": "pad"},
+        "training": {"square": "auto"},
+        "padded training": {"square": "pad"},
         "cropped evaluation": {"square": "crop"},
     }.items():
         processor = load_model(str(converted))[1]

@@ -16,8 +16,8 @@ VICUNA = (
 )
 
 
-# <|im_start|>, <|start_header_id|>, ..., or the sentence itself, as vlm/convert.py writes it.
-OWN_FRAME = re.compile(r"<\||\[INST\]|<start_of_turn>|A chat between")
+# <|im_start|>, <|start_header_id|>, ..., or the sentence of llava_v1 (see vlm/convert.py).
+OWN_FRAME = re.compile(r"<\||\[INST\]|<start_of_turn>|a curious human")
 
 
 SQUARE_NOTE = (
@@ -30,7 +30,7 @@ def prompt_format(config, processor, requested="auto"):
     """The form in which a model was trained: "vicuna", or "chat" for the processor's own template.
 
     LLaVA-1.5, a llava over a llama, had the Vicuna sentence, which its published template lacks. A
-    llava over another llama, or one converted from the original, has a frame in its template.
+    llava over another llama has turn tokens in its template, or another sentence.
     """
     if requested != "auto":
         return requested
@@ -40,21 +40,21 @@ def prompt_format(config, processor, requested="auto"):
     return "chat"
 
 
-def prompts_for(config, processor, form="auto", square="auto", in_training=False):
+def prompts_for(config, processor, form="auto", square="own"):
     """The Prompts of a model, and how its pictures become squares.
 
-    square: "pad" with the mean colour, or "crop" the middle. Checkpoints of vlm/convert.py know
-    both, and "auto" is as their authors' code: SymMPO and RLAIF-V train on cropped pictures, and
-    all evaluate as the original config.json says, which is on padded ones.
+    square: "pad" with the mean colour or "crop" the middle, which the checkpoints of vlm/convert.py
+    can; "own" is as the checkpoint says, which is how its authors evaluate it; "auto" crops where
+    it says to pad, as the published code of SymMPO and RLAIF-V does in training.
     """
     images = processor.image_processor
     if type(images).__name__.startswith("LlavaImageProcessor"):
-        if square == "auto" and in_training and images.do_pad:
+        if square == "auto" and images.do_pad:
             print(f"note: {SQUARE_NOTE}", file=sys.stderr)
-            square = "crop"
-        if square != "auto":
+            images.do_pad = False
+        elif square in ("pad", "crop"):
             images.do_pad = square == "pad"
-    elif square != "auto":
+    elif square in ("pad", "crop"):
         raise UserError(f"--square {square}: this checkpoint's processor has its own way alone")
     return Prompts(processor, prompt_format(config, processor, form))
 
