@@ -443,5 +443,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # records hold what a terminal may not show
     main()

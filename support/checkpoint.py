@@ -22,14 +22,13 @@ class RunFolder:
     """Rank 0 alone writes, and holds the folder's lock; all processes may read."""
 
     def __init__(self, path, resume, rank=0):
-        self.path, self.rank = Path(path), rank
+        self.path, self.rank, self.metrics = Path(path), rank, Path(path, "metrics.jsonl")
         self.hashes, self.hashed_steps = {}, 0  # {record number: hash} of the first steps' records
         if rank > 0:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = lock(self.path)
-        used = self.checkpoints() or (self.path / "metrics.jsonl").exists()
-        if used and not resume:
+        if not resume and (self.checkpoints() or self.logged()):
             raise UserError(f"{path}: holds another run; choose another --out, or --resume it")
 
     def checkpoints(self):
@@ -54,8 +53,8 @@ class RunFolder:
                 torch.save(optimizer.state_dict(), unfinished / "optimizer.pt")
                 trained_on = self.trained_on(step, run)
                 (unfinished / "records.json").write_text(json.dumps(trained_on))
+                (unfinished / "metrics.jsonl").write_bytes(self.logged())
                 about = {**run.identity, "left_out": run.left_out, "files": hashes(unfinished)}
-                about["metrics"] = self.hash_of_metrics()
                 (unfinished / "run.json").write_text(json.dumps(about, indent=1))
                 for path in [*unfinished.iterdir(), unfinished]:
                     flush(path)
@@ -82,14 +81,13 @@ class RunFolder:
         folder = self.checkpoints()[-1]
         try:
             about = json.loads((folder / "run.json").read_text())
-            for name, value in about["files"].items():
-                if hashes(folder).get(name) != value:
-                    raise ValueError(f"{name} is not what was saved")
+            for name, _ in about["files"].items() - hashes(folder).items():
+                raise ValueError(f"{name} is not what was saved")
             adapter = load_peft_weights(folder, "cpu")
             state = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
             trained_on = json.loads((folder / "records.json").read_text())
-            size, _ = about["metrics"]
-            if self.hash_of_metrics(size) != about["metrics"]:
+            kept = (folder / "metrics.jsonl").read_bytes()
+            if not self.logged().startswith(kept):
                 raise ValueError("metrics.jsonl beside it is not what it was")
         except Exception as error:  # JSON, safetensors and torch have a kind each
             raise UserError(f"{folder}: damaged, cannot resume from it: {error}") from error
@@ -105,7 +103,7 @@ class RunFolder:
         run.left_out.update(about["left_out"])
         set_peft_model_state_dict(run.policy, adapter)
         optimizer.load_state_dict(state)
-        self.cut_metrics(size)
+        self.cut_metrics(len(kept))
         return step
 
     # --- records ----------------------------------------------------------------------------------
@@ -135,31 +133,25 @@ class RunFolder:
 
     # --- metrics.jsonl ----------------------------------------------------------------------------
 
-    def metrics(self):
-        """The lines of metrics.jsonl, dicts."""
-        return whole_lines(self.path / "metrics.jsonl")
-
-    def hash_of_metrics(self, size=None):
-        """[bytes, hash] of metrics.jsonl, or of its first bytes."""
-        path = self.path / "metrics.jsonl"
-        raw = path.read_bytes()[:size] if path.exists() else b""
-        return [len(raw), hashlib.sha256(raw).hexdigest()]
+    def logged(self):
+        """What is in metrics.jsonl."""
+        return self.metrics.read_bytes() if self.metrics.exists() else b""
 
     def cut_metrics(self, size):
         """What was logged behind the checkpoint will be logged again."""
-        if self.rank == 0 and (self.path / "metrics.jsonl").exists():
-            os.truncate(self.path / "metrics.jsonl", size)
+        if self.rank == 0 and self.logged():
+            os.truncate(self.metrics, size)
 
     def log(self, line):
         """Append one step's metrics."""
-        with open(self.path / "metrics.jsonl", "a") as file:
+        with open(self.metrics, "a") as file:
             file.write(json.dumps(line) + "\n")
 
     def plot(self):
         """curves.png: loss, preference accuracy, margins and chosen log-prob over the steps."""
         from matplotlib.figure import Figure  # not pyplot, whose state belongs to a notebook
 
-        lines = self.metrics()
+        lines = whole_lines(self.metrics)
         panels = {
             "loss (nats)": ["loss"],
             "preference accuracy": ["rewards/accuracies", "pair/accuracy_m"],

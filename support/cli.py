@@ -90,7 +90,7 @@ def flag_of(name):
     return "--" + name.replace("_", "-")
 
 
-def parse(options_class, description, argv=None, notes=None, **defaults):
+def parse(options_class, description, argv, notes, **defaults):
     """The command line as an instance of a dataclass whose fields are made with `option`.
 
     A field `batch_size: int` is --batch-size N, and a field of type bool is a switch. Inherited
@@ -101,20 +101,16 @@ def parse(options_class, description, argv=None, notes=None, **defaults):
     inherited = parser.add_argument_group("loss", "without them, the objective's own")
     for field in dataclasses.fields(options_class):
         group = own if field.name in options_class.__annotations__ else inherited
-        flag = flag_of(field.name)
-        default = defaults.get(field.name, field.default)
-        text = field.metadata["help"]
+        flag, text = flag_of(field.name), field.metadata["help"]
         if field.type is bool:
-            group.add_argument(flag, action="store_true", default=default, help=text)
+            group.add_argument(flag, action="store_true", help=text)
             continue
-        note = (notes or {}).get(field.name, default)
-        group.add_argument(
-            flag,
-            type=field.type,
-            default=default,
-            choices=field.metadata.get("choices"),
-            help=text if note is None else f"{text} ({note})",
-        )
+        note = notes.get(field.name, field.default)
+        if note is not None:
+            text = f"{text} ({note})"
+        choices = field.metadata.get("choices")
+        group.add_argument(flag, type=field.type, default=field.default, choices=choices, help=text)
+    parser.set_defaults(**defaults)
     return options_class(**vars(parser.parse_args(argv)))
 
 

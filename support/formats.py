@@ -2,9 +2,10 @@
 
     {"image", "prompt", "chosen", "rejected", "contrast_image", "contrast_chosen"}
 
-`normalise` has a branch for each layout, in its own field names. The form has one image (and a
-contrast image), one question and one answer of each kind. What does not fit is refused with its
-reason, never cut: earlier turns, system messages, second images, half of a chat template.
+layouts.json has the layouts that differ in names alone, `normalise` a branch for each other one, in
+its own field names. The form has one image (and a contrast image), one question and one answer of
+each kind. What does not fit is refused with its reason, never cut: earlier turns, system messages,
+second images, half of a chat template.
 """
 
 import json
@@ -15,7 +16,8 @@ IMAGES = ("image", "contrast_image")  # the fields behind the table's images m a
 RESPONSES = ("chosen", "rejected", "contrast_chosen")  # behind its responses y_w, y_l and y'_w
 FIELDS = (*IMAGES, "prompt", *RESPONSES)
 # other_names: layouts that differ in names alone, {a field that only it has: {ours: theirs}}, of
-# SymMPO's published Parquet files, OPA-DPO and mDPO. more_fields: of the layouts in `normalise`.
+# SymMPO's published Parquet files, OPA-DPO, mDPO, ms-swift (two) and POVID; a later one counts.
+# more_fields: of the layouts in `normalise`.
 # notes: what is known to be written about a record, not trained on and not worth a remark.
 # frames: of one question in a chat template, what stands before it and behind it.
 KNOWN = json.loads(Path(__file__).with_name("layouts.json").read_text(encoding="utf-8"))
@@ -56,13 +58,7 @@ def normalise(raw, needed=("image", "prompt", "chosen")):
         )
     elif "text" in raw and "chosen" not in raw:  # RLHF-V: question and answers as JSON in a field
         found.update(json_object("text", raw["text"]))
-    elif "rejected_response" in raw or "rejected_messages" in raw:  # ms-swift
-        rejected = raw.get("rejected_response", raw.get("rejected_messages"))
-        found.update(chosen=raw["messages"], rejected=rejected)
-        found["contrast_image"] = raw.get("rejected_images")
-    elif "rejected_conversations" in raw:  # POVID
-        found.update(chosen=raw["conversations"], rejected=raw["rejected_conversations"])
-    elif "conversations" in raw:  # LLaMA-Factory
+    elif "conversations" in raw and "rejected_conversations" not in raw:  # LLaMA-Factory
         found["prompt"] = raw["conversations"]
     # The rest is the form itself or near it: RLAIF-V and MMPR say question for prompt, TRL and
     # OpenRLHF have messages instead of texts.

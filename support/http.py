@@ -46,16 +46,14 @@ class WholeReplies(httpx2.AsyncHTTPTransport):
                     raise httpx2.ReadError("the reply has no end", request=request)
         finally:
             await response.stream.aclose()
-        status, kind = response.status_code, response.headers.get("content-encoding", "")
-        headers = {}
-        for name, value in response.headers.items():
-            if name not in ("content-encoding", "content-length", "transfer-encoding"):
-                headers[name] = value
-        content = unpacked(bytes(content), kind)
+        headers = response.headers.copy()
+        content = unpacked(bytes(content), headers.pop("content-encoding", ""))
         if leads_away(request.url, headers.get("location", "")):
             text = f"it redirects to {shown(headers.pop('location'))}; if you trust that, ask it"
             content = json.dumps({"error": {"message": text}}).encode()
-        return httpx2.Response(status, headers=headers, content=content, request=request)
+        return httpx2.Response(
+            response.status_code, headers=headers, content=content, request=request
+        )
 
 
 def unpacked(content, encoding):

@@ -44,30 +44,19 @@ def open_image(source, root=".", allow_outside=True):
     if isinstance(source, str):
         name = f"base64 text {source[:40]!r}..."
         source = decoded(source)
-    if isinstance(source, bytes):
-        file = io.BytesIO(source)
-    elif isinstance(source, str):
-        name = file = os.path.join(root, source)
-        if not os.path.isfile(file):
-            raise UserError(
-                f"{file:.200}: no such image file; paths start at the data file's folder, or at "
-                "--image-root DIR"
-            )
-        need_inside(source, root, allow_outside)
-    else:
+    if isinstance(source, str):
+        name = os.path.join(root, source)
+        source = contents_of(source, name, root, allow_outside)
+    if not isinstance(source, bytes):
         raise UserError(f"an image is a path or bytes, not {type(source).__name__}")
+    if source.startswith(b"version https://git-lfs"):
+        raise UserError(f"{name}: a Git LFS pointer, not the image: run `git lfs pull`")
     try:
-        with Image.open(file, formats=formats()) as image:
+        with Image.open(io.BytesIO(source), formats=formats()) as image:
             if max(image.size) > LONGEST * min(image.size):
                 raise ValueError(f"{image.width} x {image.height} pixels, too long and thin")
             return to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # PIL's readers raise many kinds
-        if isinstance(error, OSError) and error.errno:
-            raise Unreadable(f"{name}: {error}") from error
-        if b"git-lfs" in first_bytes(file):
-            raise UserError(
-                f"{name}: a Git LFS pointer, not the image: run `git lfs pull`"
-            ) from error
         raise UserError(f"{name}: not a readable image: {str(error):.200}") from error
 
 
@@ -78,11 +67,18 @@ def formats():
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def first_bytes(file):
-    if isinstance(file, io.BytesIO):
-        return b""
-    with open(file, "rb") as opened:
-        return opened.read(64)
+def contents_of(path, file, root, allow_outside):
+    """The bytes of a file, which `path` names relative to root."""
+    if not os.path.isfile(file):
+        raise UserError(
+            f"{file:.200}: no such image file; paths start at the data file's folder, or at "
+            "--image-root DIR"
+        )
+    need_inside(path, root, allow_outside)
+    try:
+        return Path(file).read_bytes()
+    except OSError as error:
+        raise Unreadable(f"{file}: {error}") from error
 
 
 def decoded(text):
@@ -114,7 +110,7 @@ def to_rgb(image):
         if image.mode.startswith("I") and top <= 1:
             full = 255  # an integer picture that is nearly black, not a float one
         return Image.fromarray(np.uint8((values.clip(0) * 255 / full).round())).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
