@@ -32,12 +32,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from support import processes
 from support.cli import Unreadable, UserError, kind_of, new_parser, places, run_command, within
 from support.formats import IMAGES, RESPONSES
 from support.images import crop, open_image, pixel_hash
 from support.records import Records, add_data_options, folders_of
 from support.reference import key_of
+from support.signals import outlive_a_signal
 from symmpo import NONE, OBJECTIVES
 from vlm.logprobs import Row
 
@@ -204,24 +204,24 @@ def records_of_step(step, n, options):
     return order[place * options.batch_size : (place + 1) * options.batch_size].tolist()
 
 
-def micro_batches(first_step, n, options, rank, world):
-    """This process's record numbers from a step on: (step, numbers) for each forward pass."""
+def micro_batches(first_step, n, options):
+    """Record numbers from a step on, for one forward pass after the other."""
     for step in range(first_step, options.steps):
-        mine = records_of_step(step, n, options)[rank::world]
-        for k in range(0, len(mine), options.micro_batch):
-            yield mine[k : k + options.micro_batch]
+        numbers = records_of_step(step, n, options)
+        for k in range(0, len(numbers), options.micro_batch):
+            yield numbers[k : k + options.micro_batch]
 
 
-def read_ahead(examples, first_step, options, rank, world):
-    """An iterator over this process's micro-batches, lists of examples."""
+def read_ahead(examples, first_step, options):
+    """An iterator over micro-batches, lists of examples."""
     loader = torch.utils.data.DataLoader(
         examples,
-        batch_sampler=micro_batches(first_step, len(examples), options, rank, world),
+        batch_sampler=micro_batches(first_step, len(examples), options),
         collate_fn=list,
         pin_memory=options.device != "cpu",  # by a thread, which takes over from the workers
         num_workers=options.workers,
         multiprocessing_context="fork" if options.workers else None,
-        worker_init_fn=processes.outlive_a_signal,
+        worker_init_fn=outlive_a_signal,
     )
     return iter(loader)
 

@@ -2,7 +2,6 @@
 
     python train.py                                                   the bundled tiny world
     python train.py --model llava-hf/llava-1.5-7b-hf --data prefs.jsonl        your own data
-    torchrun --nproc_per_node=2 train.py --model M --data prefs.jsonl          more processes
 
 To fork it for a new objective, write the objective in symmpo.py; nothing here has to change. The
 order of this file is the order of time: options, policy and reference, verify, the loop.
@@ -29,10 +28,10 @@ from tqdm import tqdm
 
 import symmpo
 from data import Examples, held_out, look_at_pairs, read_ahead, records_of_step
-from support import processes
 from support.checkpoint import RunFolder, means
 from support.cli import UserError, check_numbers, option, parse, run_command
 from support.reference import ReferenceCache
+from support.signals import StopRequest
 from vlm.exact import need_packable, need_same
 from vlm.generate import generate
 from vlm.load import add_lora, config_hash, fingerprint, load_model, mixed_precision
@@ -63,7 +62,7 @@ class Options(symmpo.Weights):
     # loop
     epochs: float = option(2.0, "passes over the data", above_0=True)
     steps: int = option(0, "optimiser steps; 0: as many as --epochs needs")
-    batch_size: int = option(64, "records per optimiser step, over all processes", above_0=True)
+    batch_size: int = option(64, "records per optimiser step", above_0=True)
     micro_batch: int = option(1, "records per forward pass; memory grows with it", above_0=True)
     lr: float = option(5e-6, "peak learning rate; cosine decay to 0", above_0=True)
     warmup: float = option(0.05, "share of the steps with a linearly rising rate")
@@ -103,6 +102,8 @@ class Options(symmpo.Weights):
             raise UserError("--model is missing: the bundled one knows only its own tiny world")
         if self.resume and not self.out:
             raise UserError("--resume needs --out, the folder of the run to go on with")
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise UserError("one process trains, on one GPU; give each GPU a run of its own")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: PyTorch finds no CUDA GPU here")
         self.weights()  # refuses those that the objective does not read
@@ -131,7 +132,7 @@ class Options(symmpo.Weights):
             raise UserError(f"--{error}") from error
 
 
-# What a resumed run may set anew, and what processes differ in; any other option is another run.
+# What a resumed run may set anew; any other option is another run.
 MAY_CHANGE = "resume out save_every sample_every workers cache device".split()
 MAY_CHANGE += ["skip_bad", "max_length", "allow_outside"]  # what messages advise
 
@@ -152,16 +153,12 @@ class Run:
     held_out: list  # of Example
     samples: list  # held-out (prompt, image), answered now and then for people to see
     identity: dict  # what makes it this run and no other
-    rank: int  # which of torchrun's processes this is
-    world: int  # how many there are
     left_out: dict = dataclasses.field(default_factory=dict)  # {why: record number}
 
 
 def prepare(options):
     """Load and check everything, so that what is wrong is said before a step is paid for."""
     options.check()
-    rank, world, options.device = processes.start(options.device)
-    options.out = processes.rank_0s(options.out)  # a default has the time in it
     torch.manual_seed(options.seed)
     examples = Examples(options.data, None, options)  # opened only: records are read when needed
     if options.steps == 0:
@@ -205,8 +202,6 @@ def prepare(options):
         held_out=held,
         samples=samples,
         identity=identity,
-        rank=rank,
-        world=world,
         left_out=left_out,
     )
 
@@ -274,7 +269,7 @@ def rows_of(examples):
 def compute_loss(run, examples):
     """A micro-batch's loss and metrics: (records,) and {name: (records,)}.
 
-    Nothing is averaged yet: the loop sums over micro-batches and processes, and divides once.
+    Nothing is averaged yet: the loop sums over micro-batches, and divides once.
     """
     table = loss_table(run, examples)
     terms = symmpo.loss_terms(run.options.objective, table, run.weights)
@@ -368,35 +363,31 @@ def say_hello(run, start):
 def train(options):
     """Train; returns the run and how many steps are done.
 
-    One step: gradients of this process's records, summed; the sum over all processes; the mean;
-    clip; AdamW. Everything random in it comes from the seed, the step and the process, so that a
-    run that was stopped goes on to the same numbers.
+    One step: gradients of its records, summed over micro-batches; the mean; clip; AdamW. Everything
+    random in it comes from the seed and the step, so that a run that was stopped goes on to the
+    same numbers.
     """
     run = prepare(options)
-    folder = RunFolder(options.out, options.resume, run.rank)
+    folder = RunFolder(options.out, options.resume)
     parameters = [p for p in run.policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay)
     done = start = folder.load(run, optimizer)
     used, whole = 0, True  # records of this run; is the adapter that of a whole step?
-    if run.rank == 0:
-        say_hello(run, start)
-    batches = read_ahead(run.examples, start, options, run.rank, run.world)
-    bar = tqdm(total=options.steps, initial=start, unit="step", disable=run.rank > 0 or None)
+    say_hello(run, start)
+    batches = read_ahead(run.examples, start, options)
+    bar = tqdm(total=options.steps, initial=start, unit="step", disable=None)
 
-    with processes.StopRequest() as stop, bar:
+    with StopRequest() as stop, bar:
         try:
             for step in range(start, options.steps):
                 began = time.time()
-                # Randomness (LoRA's dropout) by step and process: resuming needs no other state.
-                torch.manual_seed(options.seed * 10**9 + step * 10**4 + run.rank)
+                # Randomness (LoRA's dropout) by step: resuming needs no other state.
+                torch.manual_seed(options.seed * 10**9 + step * 10**4)
                 lr = learning_rate(step, options)
                 optimizer.param_groups[0]["lr"] = lr
 
                 # Gradients of the sum of the losses, micro-batch after micro-batch.
-                work = forward_and_backward, run, batches, step, stop
-                totals, numbers = processes.together(*work)
-                totals = processes.add_up(totals)
-                run.left_out = processes.merged(run.left_out)
+                totals, numbers = forward_and_backward(run, batches, step, stop)
                 if totals["stop"]:
                     break  # a resumed run takes this step from its beginning
                 used += totals["records"]
@@ -405,7 +396,6 @@ def train(options):
                     continue  # all were left out
 
                 # The mean over the records that there really were; clip; one step of AdamW.
-                processes.add_up_gradients(parameters)
                 for p in parameters:
                     p.grad /= totals["records"]
                 norm = torch.nn.utils.clip_grad_norm_(parameters, options.clip).item()
@@ -423,11 +413,10 @@ def train(options):
 
                 # Log, look at held-out records, save.
                 line = {"step": done, "lr": lr, "grad_norm": norm}
-                line |= means(totals, time.time() - began, run.world)
+                line |= means(totals, time.time() - began)
                 if done % options.sample_every == 0 or done == options.steps:
                     line |= evaluate_held_out(run)
-                if run.rank == 0:
-                    folder.log(line)
+                folder.log(line)
                 if done % options.save_every == 0:
                     folder.save(done, run, optimizer)
                 show(bar, line)
@@ -438,8 +427,7 @@ def train(options):
     if run.left_out and not used:
         raise UserError(f"no usable record; look with `python data.py check {options.data}`")
     folder.save(done, run, optimizer)
-    if run.rank == 0:
-        folder.plot()
+    folder.plot()
     return run, done
 
 
@@ -456,17 +444,16 @@ def learning_rate(step, options):
 
 
 def forward_and_backward(run, batches, step, stop):
-    """One step's gradients, of this process's share of the records: (sums of metrics, numbers).
+    """One step's gradients: (sums of metrics, record numbers).
 
-    The loss is a sum over records, so that gradients add up over micro-batches and processes
-    alike; the mean is taken once, in the loop, by the number of records there really were.
+    The loss is a sum over records, so that gradients add up over micro-batches; the mean is taken
+    once, in the loop, by the number of records there really were.
     """
     totals, numbers = Counter(), []
     steps_per_epoch = math.ceil(len(run.examples) / run.options.batch_size)
     is_new_epoch = step > 0 and step % steps_per_epoch == 0
-    # Process r of n takes every n-th record of the step, so that n does not change the batch.
-    mine = records_of_step(step, len(run.examples), run.options)[run.rank :: run.world]
-    for _ in range(math.ceil(len(mine) / run.options.micro_batch)):
+    records = records_of_step(step, len(run.examples), run.options)
+    for _ in range(math.ceil(len(records) / run.options.micro_batch)):
         if stop.received:
             totals["stop"] = 1
             break
@@ -488,7 +475,7 @@ def forward_and_backward(run, batches, step, stop):
 
 
 def evaluate_held_out(run):
-    """{"eval/name": mean} over the held-out records of all processes, and two greedy samples.
+    """{"eval/name": mean} over the held-out records, and two greedy samples.
 
     The samples are for a person: a falling loss with answers that get worse is seen here first.
     """
@@ -497,11 +484,10 @@ def evaluate_held_out(run):
     run.policy.eval()  # dropout off, where there is any
     totals = Counter()
     with torch.no_grad():
-        for example in run.held_out[run.rank :: run.world]:
+        for example in run.held_out:
             _, metrics = compute_loss(run, [example])
             totals["records"] += 1
             totals.update({name: values.item() for name, values in metrics.items()})
-    totals = processes.add_up(totals)
     found = {f"eval/{name}": value / totals["records"] for name, value in totals.items()}
 
     texts = [text for text, _ in run.samples]
@@ -550,8 +536,6 @@ def command(argv):
     except torch.OutOfMemoryError as error:
         less = "--micro-batch 1, --grad-checkpointing, --load-4bit"
         raise UserError(f"out of memory, less at a time: {less} ({error})") from error
-    if run.rank > 0:
-        return  # rank 0 speaks for all
     # Without data of one's own, the run ends with what it was for: less hallucination.
     if done == options.steps and options.model == str(TINY / "built" / "model"):
         from benchmarks.answers import before_and_after

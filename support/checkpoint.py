@@ -19,13 +19,11 @@ from support.files import lock, whole_lines
 
 
 class RunFolder:
-    """Rank 0 alone writes, and holds the folder's lock; all processes may read."""
+    """The folder of a run, which it holds the lock of."""
 
-    def __init__(self, path, resume, rank=0):
-        self.path, self.rank, self.metrics = Path(path), rank, Path(path, "metrics.jsonl")
+    def __init__(self, path, resume):
+        self.path, self.metrics = Path(path), Path(path, "metrics.jsonl")
         self.hashes, self.hashed_steps = {}, 0  # {record number: hash} of the first steps' records
-        if rank > 0:
-            return
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = lock(self.path)
         if not resume and (self.checkpoints() or self.logged()):
@@ -43,8 +41,6 @@ class RunFolder:
     def save(self, step, run, optimizer):
         """checkpoint-STEP of a train.Run. Where it cannot be written, the earlier ones stay as they
         were."""
-        if self.rank > 0:
-            return
         final = self.path / f"checkpoint-{step}"
         unfinished = self.path / "unfinished"
         try:
@@ -139,7 +135,7 @@ class RunFolder:
 
     def cut_metrics(self, size):
         """What was logged behind the checkpoint will be logged again."""
-        if self.rank == 0 and self.logged():
+        if self.logged():
             os.truncate(self.metrics, size)
 
     def log(self, line):
@@ -170,13 +166,13 @@ class RunFolder:
         figure.savefig(self.path / "curves.png", dpi=110)
 
 
-def means(totals, seconds, world):
-    """A line of metrics.jsonl from one step's sums over all processes."""
+def means(totals, seconds):
+    """A line of metrics.jsonl from one step's sums."""
     records = totals["records"]
     line = {
         "records": records,
         "tokens_per_second": totals["tokens"] / max(seconds, 1e-9),  # a clock may stand still
-        "data_wait": totals["waited"] / world / max(seconds, 1e-9),  # share of the time
+        "data_wait": totals["waited"] / max(seconds, 1e-9),  # share of the time
     }
     for name, value in totals.items():
         if name not in ("records", "tokens", "waited", "stop"):

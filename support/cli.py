@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import dataclasses
 import math
-import os
 import re
 import signal
 import sys
@@ -27,8 +26,7 @@ def run_command(function, *args):
     try:
         return function(*args)
     except (UserError, OSError) as error:
-        if type(error).__name__ != "Shared" or os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
     sys.exit(2)

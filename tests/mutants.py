@@ -197,7 +197,7 @@ MUTANTS = [
     ),
     Mutant(
         "data workers end with the run",
-        "support/processes.py",
+        "support/signals.py",
         "signal.signal(number, end_soon)",
         "signal.signal(number, signal.SIG_IGN)",
         "tests/faults/test_same_run.py -k holds_up",

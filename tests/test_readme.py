@@ -26,15 +26,10 @@ COMMANDS = (  # whose --help is asked
     "-m construct.review",
     "-m tiny.make",
     "-m papers",
+    "-m vlm.convert",
     "-m speed",
 )
-OF_OTHERS = {
-    "nproc_per_node",
-    "nnodes",
-    "rdzv-backend",
-    "rdzv-endpoint",
-    "target",
-}  # torchrun's, SimPO's
+OF_OTHERS = {"target"}  # SimPO's
 
 
 def page(name):
@@ -60,7 +55,7 @@ def commands_of(text):
     """The commands in code blocks, continued lines joined."""
     for block in re.findall(r"^```\n(.*?)^```", text, re.S | re.M):
         for line in block.replace("\\\n", " ").splitlines():
-            if re.search(r"\b(python|torchrun) ", line):
+            if re.search(r"\bpython ", line):
                 yield line.split("#")[0]
 
 

@@ -20,7 +20,7 @@ import data
 import symmpo
 import train
 from conftest import ROOT, save_gemma3
-from data import Examples, build_rows, records_of_step
+from data import Examples, build_rows
 from support.files import whole_lines
 from support.reference import ReferenceCache
 from vlm.load import load_adapter, load_model
@@ -182,46 +182,10 @@ def test_kill_minus_nine_and_resume(llava, prefs, fit, tmp_path):
     assert resumed[0] == pytest.approx(whole[0], abs=1e-5) and close(resumed[1], whole[1])
 
 
-def test_two_processes_equal_one(llava, prefs, fit, tmp_path):
-    """Losses, held-out loss, adapter, and the list of bad records: the second process meets one."""
-    lines = prefs.read_text().splitlines(True)
-    second = records_of_step(0, 13, train.Options(batch_size=5, seed=0))[1]
-    broken, out = prefs.with_name("broken-for-two.jsonl"), tmp_path / "two"
-    broken.write_text("".join([*lines[:second], "{}\n", *lines[second:]]))
-    options = ["--batch-size", "5", "--skip-bad", "--eval-data", str(prefs)]
-    port = 20_000 + os.getpid() % 20_000
-    two = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node=2",
-            f"--master_port={port}",
-            ROOT / "train.py",
-            "--model",
-            llava,
-            "--data",
-            broken,
-            "--out",
-            out,
-            "--cache",
-            tmp_path / "cache3",
-            *FAST,
-            *options,
-        ],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
-    one = fit(*options, out=tmp_path / "one", data=broken)
-    text, logged = two.communicate()[0], read_metrics(out)
-    assert two.returncode == 0 and text.count(f"left out: {broken}:{second + 1}: ") == 1, text
-    adapter = load_file(next(out.glob("checkpoint-*")) / "adapter_model.safetensors")
-    assert [line["loss"] for line in logged] == pytest.approx(one[0], abs=1e-5)
-    assert close(adapter, one[1])
-    assert logged[-1]["eval/loss"] == pytest.approx(
-        read_metrics(tmp_path / "one")[-1]["eval/loss"], abs=1e-5
-    )
+def test_torchrun_is_refused(llava, prefs, fit, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(train.UserError, match="one process trains"):
+        fit()
 
 
 def test_one_folder_one_process(fit, tmp_path, capsys):

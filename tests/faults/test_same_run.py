@@ -16,7 +16,6 @@ from test_kill import job  # noqa: F401
 import train
 from conftest import ROOT
 from construct import contrast, responses, review
-from data import records_of_step
 from support.checkpoint import RunFolder
 from support.cli import UserError, at_most
 from support.formats import normalise
@@ -42,19 +41,20 @@ def three_steps(job, tmp_path_factory):  # noqa: F811
     base = tmp_path_factory.mktemp("three")
     shutil.copytree(argv[3].parent, base / "data")
     argv = command(argv, "--data", base / "data" / "prefs.jsonl", "--out", base / "run")
-    real, calls = train.processes.add_up_gradients, []
+    real, calls = train.forward_and_backward, []
 
-    def stopping(parameters):
-        calls.append(parameters)
-        real(parameters)
+    def stopping(*args):
+        calls.append(args)
+        sums = real(*args)
         if len(calls) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
+        return sums
 
-    train.processes.add_up_gradients = stopping
+    train.forward_and_backward = stopping
     try:
         _, done = train.train(train.read_options(argv))
     finally:
-        train.processes.add_up_gradients = real
+        train.forward_and_backward = real
     assert done == 3
     shutil.copytree(base / "data", base / "data-as-it-was")
     return argv, base / "run", base / "data"
@@ -141,14 +141,14 @@ def test_what_was_left_out_is_remembered(begun, capsys):
 
 def test_a_vanished_folder_is_no_bad_record(begun, capsys, monkeypatch):
     argv, out, prefs = begun
-    real, steps = train.processes.add_up, []
+    real = train.forward_and_backward
 
-    def vanish(sums):
-        steps.append(sums)
+    def vanish(*args):
+        sums = real(*args)
         shutil.rmtree(prefs.parent, ignore_errors=True)  # after the first step
-        return real(sums)
+        return sums
 
-    monkeypatch.setattr(train.processes, "add_up", vanish)
+    monkeypatch.setattr(train, "forward_and_backward", vanish)
     argv = [*argv[:-1], "--skip-bad", "--out", str(out) + "2", "--workers", "0"]
     said = refused(argv, capsys)
     assert "is its disk still there" in said or "No such file" in said
@@ -353,31 +353,6 @@ def test_malformed_benchmark_files_end_in_one_message(tmp_path):
             well_formed("amber", tmp_path),
         ):
             BENCHMARKS["amber"].questions(tmp_path, Settings())
-
-
-def test_the_second_process_names_its_bad_record(job, tmp_path):  # noqa: F811
-    """Under torchrun: the message once, the finished step saved."""
-    argv, _, _ = job("whole")
-    lines = argv[3].read_text().splitlines()
-    argv = command(argv, "--batch-size", 2, "--steps", 2, "--save-every", 9, "--workers", 0)
-    path = tmp_path / "bad.jsonl"
-    shutil.copytree(job("whole")[0][3].parent, tmp_path, dirs_exist_ok=True)
-    options = train.read_options(argv)
-    bad = records_of_step(1, len(lines), options)[1]  # of rank 1, in the second step
-    lines[bad] = "{"
-    path.write_text("\n".join(lines) + "\n")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    more = ["--data", str(path), "--out", str(tmp_path / "run"), "--device", "cpu"]
-    process = subprocess.run(
-        [*torchrun, "--master_port", "29611", "train.py", *argv, *more],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert process.returncode != 0
-    assert process.stderr.count(f"error: {path}:{bad + 1}: not valid JSON") == 1, process.stderr
-    assert (tmp_path / "run" / "checkpoint-1" / "run.json").exists()
 
 
 def test_held_out_images_may_vanish_after_the_start(begun, monkeypatch):
