@@ -18,7 +18,6 @@ Departures from the published code: a record that is too long is refused, never 
 drawn once for each record, not again in every forward pass.
 """
 
-import support  # isort: skip # noqa: F401
 import hashlib
 import math
 import os
