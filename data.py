@@ -18,7 +18,6 @@ Departures from the published code: a record that is too long is refused, never 
 drawn once for each record, not again in every forward pass.
 """
 
-import support  # isort: skip # noqa: F401
 import hashlib
 import math
 import os
@@ -328,8 +327,8 @@ class Survey:
     def __init__(self, prompts, args):
         self.prompts, self.args, self.pairs = prompts, args, Pairs()
         self.faults = defaultdict(list)  # kind of message: [(source, message)]
-        self.usable_by = dict.fromkeys(OBJECTIVES, 0)
-        self.figures = {"width, pixels": [], "height, pixels": [], "length, tokens": []}
+        self.usable_by = Counter()
+        self.figures = defaultdict(list)  # lengths and sizes
         self.notes = Counter()  # what was taken off, is not read, has one colour
         self.first, self.longest = None, None  # rows to show
         self.most_tokens = 0
@@ -341,13 +340,11 @@ class Survey:
                 image = image_of(record, name, 0, self.args.allow_outside)
                 self.figures["width, pixels"].append(image.width)
                 self.figures["height, pixels"].append(image.height)
-                low_high = [low == high for low, high in image.getextrema()]
-                if all(low_high):
+                if image.getcolors(maxcolors=1):  # None where there are more
                     self.notes[f"{name} of one colour"] += 1
         if self.prompts:
             self.add_rows(i, record, able)
-        for name in able:
-            self.usable_by[name] += 1
+        self.usable_by.update(able)
         for what in record["stripped"]:
             self.notes[f"prompt, {what} taken off (the model's own is put around it)"] += 1
         for name in record["unread"]:
@@ -379,15 +376,14 @@ class Survey:
         for found in self.faults.values():
             at = places([source for source, _ in found])
             lines.append(f"bad: {len(found):,} records, {at}: {found[0][1]}")
-        counts = ", ".join(f"{name} {count:,}" for name, count in self.usable_by.items())
+        counts = ", ".join(f"{name} {self.usable_by[name]:,}" for name in OBJECTIVES)
         lines.append(f"{total:,} records, {self.bad():,} bad; usable by {counts}")
         lines += self.pairs.lines()
         lines += [f"{what}: {count:,} records" for what, count in self.notes.items()]
         for name, values in self.figures.items():
-            if values:
-                values.sort()
-                middle = values[len(values) // 2]
-                lines.append(f"{name}: min {values[0]}, median {middle}, max {values[-1]}")
+            values.sort()
+            middle = values[len(values) // 2]
+            lines.append(f"{name}: min {values[0]}, median {middle}, max {values[-1]}")
         if self.most_tokens > self.args.max_length:
             lines.append(f"--max-length {self.most_tokens} would take all records")
         return lines

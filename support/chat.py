@@ -14,13 +14,15 @@ import json
 import os
 import re
 import sys
-from collections import defaultdict, deque
+from collections import defaultdict
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 from tqdm import tqdm
 
 from support.cli import UserError
+from support.files import drop_torn_line
 from support.images import open_image
 from support.text import Text
 
@@ -46,20 +48,16 @@ def chat_message(prompt, image=None, max_side=1024):
 
 
 def ask_in_order(requests, log, give_up=0, **options):
-    """As `ask_all`: the texts alone, in the order of the requests, until one got no usable reply.
-    When all others are in the log, up to give_up such requests are "", more raise UserError."""
-    texts, order = {}, deque(id for id, _ in requests)
-    for id, text in ask_all(requests, log, **options):
-        texts[id] = text
-        while order and texts.get(order[0]) is not None:
-            yield texts.pop(order.popleft())
+    """As `ask_all`: the texts alone, in the order of the requests. Up to give_up requests without
+    a usable reply are "", more raise UserError; the replies of the others are in the log then."""
+    texts = dict(ask_all(requests, log, **options))
     failed = list(texts.values()).count(None)
     if failed > give_up:
         raise UserError(
             f"{failed} requests got no usable reply; the same command asks them again, and with "
             f"--give-up {failed} goes on without"
         )
-    yield from (texts[id] or "" for id in order)
+    return [texts[id] or "" for id, _ in requests]
 
 
 def ask_all(
@@ -113,14 +111,13 @@ def ask_all(
         asker = Asker(client, kept, check, tries, {"model": model, **sampling})
         bar = tqdm(answers(run, tasks, asker.ask, requests, concurrency), desc, size)
         for id, entry in bar:
-            usable = "reason" not in entry
-            if not usable:
+            text = None
+            if "reason" in entry:
                 failed += 1
+            else:
+                text = Text(entry["text"], cut=entry.get("finish") == "length")
             bar.set_postfix_str(f"{failed} failed, {kept.tokens:,} tokens")
-            text = entry["text"]
-            if usable:
-                text = Text(text, cut=entry.get("finish") == "length")
-            yield id, text if usable else None
+            yield id, text
             in_a_row = in_a_row + 1 if entry["text"] is None else 0
             if in_a_row > 0 and in_a_row in (size, max(5, concurrency)):
                 raise UserError(
@@ -173,7 +170,7 @@ class Asker:
 
     def __post_init__(self):
         self.sent = dict(self.body)  # as this server takes them
-        self.roles = {}  # {role: what is sent in its place}
+        self.takes_system = True  # else its message is sent as the user's
         self.adapted = []  # what was changed, in words
 
     async def ask(self, request):
@@ -187,8 +184,7 @@ class Asker:
         if late:
             messages = await asyncio.to_thread(messages)
         for _ in range(self.tries):
-            entry = {"id": id, "request": name, "model": self.body["model"]}
-            entry |= {"text": "", "usage": {}}
+            entry = {"id": id, "request": name, "model": self.body["model"], "text": ""}
             await self.ask_once(messages, entry)
             self.log.append(entry)
             if "reason" not in entry or entry["text"] is None:
@@ -202,7 +198,9 @@ class Asker:
         from support import http
 
         before = len(self.adapted)
-        turns = [{**turn, "role": self.roles.get(turn["role"], turn["role"])} for turn in messages]
+        turns = [dict(turn) for turn in messages]
+        if not self.takes_system:
+            turns[0]["role"] = "user"
         try:
             reply = await self.client.chat.completions.create(messages=turns, **self.sent)
             entry["text"] = content_of(reply, entry)
@@ -232,7 +230,7 @@ class Asker:
             del self.sent["temperature"]
             self.note("no temperature is sent: the server's own is used")
         elif re.search("system|user|role", message.lower()) and turns[0]["role"] == "system":
-            self.roles["system"] = "user"
+            self.takes_system = False
             self.note("the system message is sent as the user's")
 
     def note(self, text):
@@ -272,15 +270,13 @@ class ReplyLog:
 
     def __init__(self, path, secrets=()):
         self.entries, self.tokens, self.secrets = defaultdict(list), 0, secrets
-        self.file = open(path, "a+b")
+        self.file = open(path, "ab")
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"{path}: another run is writing its replies here") from error
-        self.file.seek(0)
-        *lines, torn = self.file.read().split(b"\n")
-        self.file.truncate(self.file.tell() - len(torn))  # a run was killed while it wrote this
-        for number, line in enumerate(lines, 1):
+        drop_torn_line(Path(path))
+        for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
             try:
                 entry = json.loads(line)
                 self.entries[entry["request"]].append(entry)

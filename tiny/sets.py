@@ -36,28 +36,26 @@ def write(path, value):
 
 def write_amber(folder, scenes, rng):
     """AMBER: a caption and four questions for each image."""
-    groups = {"generative": [], "attribute": [], "existence": []}  # of (image, query, note)
+    captions, attributes, existences = [], [], []  # (image, query, note)
     for i, scene in enumerate(scenes, 1):
         image = f"AMBER_{i}.png"
         write(folder / "image" / image, png(scene))
-        truths = {"truth": names(scene), "hallu": absent_partners(scene)}
-        note = {"type": "generative", **truths}
-        groups["generative"].append((image, DESCRIBE[0], note))
-        for group, kind, answer in (
-            ("existence", "exists", True),
-            ("existence", "exists", False),
-            ("attribute", "state", i % 2 == 0),
-            ("attribute", "number", i % 4 < 2),
+        note = {"type": "generative", "truth": names(scene), "hallu": absent_partners(scene)}
+        captions.append((image, DESCRIBE[0], note))
+        for asked, kind, answer in (
+            (existences, "exists", True),
+            (existences, "exists", False),
+            (attributes, "state", i % 2 == 0),
+            (attributes, "number", i % 4 < 2),
         ):
             question = random_question(kind, scene, rng, answer, hard=1)
             note = {"type": AMBER_TYPES[kind], "truth": yes_no(answer).lower()}
-            groups[group].append((image, ask(question), note))
+            asked.append((image, ask(question), note))
 
     annotations, queries = [], []
-    for items in groups.values():
-        for image, query, note in items:
-            annotations.append({"id": len(annotations) + 1, **note})
-            queries.append({"id": len(annotations), "image": image, "query": query})
+    for id, (image, query, note) in enumerate(captions + attributes + existences, 1):
+        annotations.append({"id": id, **note})
+        queries.append({"id": id, "image": image, "query": query})
     write_json(folder / "query" / "query_all.json", queries)
     write_json(folder / "annotations.json", annotations)
     write_json(folder / "relation.json", {noun: [] for noun in NOUNS})
@@ -118,8 +116,9 @@ def write_hallusionbench(folder, scenes, rng, seen):
 
 def write_objhal(folder, scenes):
     """Object-HalBench: images inside the question file, truth as COCO captions and instances."""
-    items, captions, instances = [], [], []
+    items, parts = [], [([], []), ([], [])]
     for i, scene in enumerate(scenes, 1):
+        captions, instances = parts[i % 2]
         image = base64.b64encode(png(scene)).decode()
         question = {"org_idx": i - 1, "image_id": i, "question": DESCRIBE[i % 2], "image": image}
         items.append(question)
@@ -130,11 +129,9 @@ def write_objhal(folder, scenes):
             instances.append({"image_id": i, "id": 10 * i + k, "category_id": category})
     write_lines(folder / "obj_halbench_300_with_image.jsonl", items)
     categories = [{"id": i, "name": noun} for i, noun in enumerate(NOUNS, 1)]
-    for rest, split in enumerate(["val", "train"]):  # as in COCO, each has a part of the images
-        own = [note for note in captions if note["image_id"] % 2 == rest]
-        write_json(folder / f"captions_{split}2014.json", {"annotations": own})
-        own = [note for note in instances if note["image_id"] % 2 == rest]
-        found = {"annotations": own, "categories": categories}
+    for split, (captions, instances) in zip(("val", "train"), parts):  # as COCO is split
+        write_json(folder / f"captions_{split}2014.json", {"annotations": captions})
+        found = {"annotations": instances, "categories": categories}
         write_json(folder / f"instances_{split}2014.json", found)
     write(folder / "synonyms_refine.txt", "\n".join(NOUNS).encode())
 
