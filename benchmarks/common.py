@@ -8,7 +8,7 @@ import functools
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from support.cli import UserError
@@ -33,19 +33,18 @@ class Settings:
     judgements: list | None = None  # raw texts in answer order
     similar: list | None = None  # AMBER: pairs of words that mean the same
     allow_outside: bool = False  # may images leave the benchmark's folder?
+    cases: list = field(default_factory=list)  # filled by `score`: a Case for each answer
 
 
 @dataclass
 class Case:
-    """What a scorer read in an answer: the metrics are counted from this, and the page shows it."""
+    """What a scorer reads in an answer while it counts, for a person to see."""
 
     right: bool  # of objects: none is false
     said: str = ""  # yes, a letter, a judge's words; "" for captions: the answer itself is read
     truth: str = ""  # what should have been said
     words: list | tuple = ()  # (word, "true", "false", "safe", or "" for no object), in order
     missed: list | tuple = ()  # true objects that are not named
-    parts: tuple = ()  # of the benchmark, in which it counts
-    counts: dict | None = None  # what else the metrics add up
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -128,10 +127,22 @@ def question_about(row, prompt, given, folder, subfolder, settings):
 # --- answers --------------------------------------------------------------------------------------
 
 
+def made_of(file):
+    """Its row's name and, if `generate` wrote the file, how."""
+    made = {"name": Path(file).stem}
+    known = Path(file).with_suffix(".settings.json")
+    if known.is_file():
+        made |= read(known)
+    return made
+
+
 def need_answers(answers, judgements):
     """Answers are a list of dicts, and there is a judgement for each or none at all."""
     if not isinstance(answers, list) or not answers:
         raise UserError("no answers: they are a JSON list, or JSONL")
+    for number, answer in enumerate(answers, start=1):
+        if not isinstance(answer, dict):
+            raise UserError(f"answer {number}: no JSON object")
     if judgements is not None and len(judgements) != len(answers):
         raise UserError(f"{len(judgements)} judgements for {len(answers)} answers")
 
@@ -140,7 +151,7 @@ def need_fields(answers, kinds):
     """Answers have these fields, {name: type or types}."""
     for number, answer in enumerate(answers, start=1):
         for name, kind in kinds.items():
-            if not isinstance(answer, dict) or not isinstance(answer.get(name), kind):
+            if not isinstance(answer.get(name), kind):
                 raise UserError(f"answer {number}: the field {name} is missing or of a wrong type")
 
 

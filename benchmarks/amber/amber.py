@@ -52,40 +52,30 @@ def questions(folder, settings):
     return asked
 
 
-def cases(answers, folder, settings):
-    """([Case], how texts were read)."""
+def score(answers, folder, settings):
+    """(metrics, how texts were read)."""
     need_fields(answers, {ANSWER: str, "id": int})
     notes = read(find(folder, "annotations.json"))
-    captions, found, reading = Captions(folder, settings.similar), [], settings.protocol
+    captions, yes_no = Captions(folder, settings.similar), defaultdict(YesNo)
     for number, answer in enumerate(answers, start=1):
         if not 0 < answer["id"] <= len(notes):
             raise UserError(f"answer {number}: AMBER has no question with the id {answer['id']}")
         note, text = notes[answer["id"] - 1], answer[ANSWER]
         if note["type"] == "generative":
-            case = captions.read(text, note)
-            reading = captions.reading
-        else:
-            said = yes_or_no(text) if settings.protocol == "symmpo" else text
-            case = yes_no(said, note["truth"].title())
-        case.parts = PARTS["of_type"][note["type"]]
-        found.append(case)
-    return found, reading
-
-
-def score(answers, folder, settings):
-    """(metrics, how texts were read)."""
-    found, reading = cases(answers, folder, settings)
-    counts = defaultdict(Counter)
-    for case in found:
-        for part in case.parts:
-            counts[part].update(case.counts)
+            settings.cases.append(captions.add(text, note))
+            continue
+        said = yes_or_no(text) if settings.protocol == "symmpo" else text
+        truth = note["truth"].title()
+        settings.cases.append(Case(said == truth, said, truth))
+        for part in PARTS["of_type"][note["type"]]:
+            yes_no[part].add(said, truth)
     metrics = {}
     for part in PARTS["of_dimension"][settings.dimension]:
         if part == "generative":
-            metrics[part] = of_captions(counts[part])
+            metrics[part] = captions.metrics()
         else:
-            metrics[part] = of_yes_no(counts[part], part)
-    return metrics, reading
+            metrics[part] = yes_no[part].metrics(part)
+    return metrics, captions.reading if captions.count["captions"] else settings.protocol
 
 
 def ratio(above, below, start=0.001):
@@ -94,7 +84,10 @@ def ratio(above, below, start=0.001):
 
 
 class Captions:
-    """Finds the objects that captions name."""
+    """CHAIR   mentions that are not in the image, among all mentions
+    Cover   objects in the image that are mentioned, among those objects
+    Hal     captions with a wrong mention
+    Cog     likely inventions (the annotators' `hallu` lists) that are mentioned, among these"""
 
     def __init__(self, folder, similar=None):
         self.relation = read(find(folder, "relation.json"))
@@ -103,9 +96,10 @@ class Captions:
         self.tokens, reader = noun_reader(read(word_list("amber", "lemma_table.json")))
         self.alike, judge = similarity(similar)
         self.reading = f"{reader}; similarity: {judge}"
+        self.count = Counter()
 
-    def read(self, text, note):
-        """A Case."""
+    def add(self, text, note):
+        """Count a caption; returns its Case."""
         covered, invented, words = set(), set(), []
         for lemma, is_noun, word in self.tokens(text):
             if not is_noun or lemma not in self.known:
@@ -122,18 +116,16 @@ class Captions:
             covered.add(there)
             words.append((word, "false" if there is None else "true"))
         kinds = Counter(kind for _, kind in words)
-        counts = {
-            "captions": 1,
-            "with wrong": kinds["false"] > 0,
-            "mentions": len(words) - kinds[""],
-            "wrong": kinds["false"],
-            "objects": len(note["truth"]),
-            "covered": len(covered - {None}),
-            "likely": len(note["hallu"]),
-            "invented": len(invented - {None}),
-        }
+        self.count["captions"] += 1
+        self.count["with wrong"] += kinds["false"] > 0
+        self.count["mentions"] += len(words) - kinds[""]
+        self.count["wrong"] += kinds["false"]
+        self.count["objects"] += len(note["truth"])
+        self.count["covered"] += len(covered - {None})
+        self.count["likely"] += len(note["hallu"])
+        self.count["invented"] += len(invented - {None})
         missed = [thing for thing in note["truth"] if thing not in covered]
-        return Case(kinds["false"] == 0, words=words, missed=missed, counts=counts)
+        return Case(kinds["false"] == 0, words=words, missed=missed)
 
     def named_by(self, word, objects, same):
         """The first object that the word stands for: by an association, or else by its name."""
@@ -145,43 +137,40 @@ class Captions:
                 return thing
         return None
 
-
-def of_captions(n):
-    """CHAIR   mentions that are not in the image, among all mentions
-    Cover   objects in the image that are mentioned, among those objects
-    Hal     captions with a wrong mention
-    Cog     likely inventions (the annotators' `hallu` lists) that are mentioned, among these"""
-    return {
-        "CHAIR": ratio(n["wrong"], n["mentions"]),
-        "Cover": ratio(n["covered"], n["objects"]),
-        "Hal": ratio(n["with wrong"] + 0.001, n["captions"]),  # officially 100 - those without
-        "Cog": ratio(n["invented"], n["likely"]),
-    }
+    def metrics(self):
+        n = self.count
+        return {
+            "CHAIR": ratio(n["wrong"], n["mentions"]),
+            "Cover": ratio(n["covered"], n["objects"]),
+            "Hal": ratio(n["with wrong"] + 0.001, n["captions"]),  # officially 100 - those without
+            "Cog": ratio(n["invented"], n["likely"]),
+        }
 
 
-def yes_no(said, truth):
-    """A Case."""
-    counts = {
-        "asked": 1,
-        "right": said == truth,
-        "said no": said == "No",
-        "is no": truth == "No",
-        "both no": said == truth == "No",
-    }
-    return Case(said == truth, said, truth, counts=counts)
-
-
-def of_yes_no(n, part):
+class YesNo:
     """Accuracy, and precision, recall and F1 of the answer "No", as officially."""
-    start = 0.003 if part == "attribute" else 0.001  # attribute sums three denominators
-    found = {
-        "Accuracy": ratio(n["right"], n["asked"], start),
-        "Precision": ratio(n["both no"], n["said no"], start),
-        "Recall": ratio(n["both no"], n["is no"], start),
-    }
-    p, r = found["Precision"] / 100, found["Recall"] / 100  # of the rounded ones
-    found["F1"] = ratio(2 * p * r, p + r, 0.001 if part == "existence" else 0.0001)
-    return found
+
+    def __init__(self):
+        self.count = Counter()
+
+    def add(self, said, truth):
+        self.count["asked"] += 1
+        self.count["right"] += said == truth
+        self.count["said no"] += said == "No"
+        self.count["is no"] += truth == "No"
+        self.count["both no"] += said == truth == "No"
+
+    def metrics(self, part):
+        n = self.count
+        start = 0.003 if part == "attribute" else 0.001  # attribute sums three denominators
+        found = {
+            "Accuracy": ratio(n["right"], n["asked"], start),
+            "Precision": ratio(n["both no"], n["said no"], start),
+            "Recall": ratio(n["both no"], n["is no"], start),
+        }
+        p, r = found["Precision"] / 100, found["Recall"] / 100  # of the rounded ones
+        found["F1"] = ratio(2 * p * r, p + r, 0.001 if part == "existence" else 0.0001)
+        return found
 
 
 def yes_or_no(text):
