@@ -188,7 +188,8 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("command", choices="run generate judge score report page fetch-help".split())
     add("names", nargs="*", help="report: metrics.json files; page: answers; fetch-help: B")
-    add("--benchmark", choices=sorted(BENCHMARKS), default="amber")
+    text = "page tells it by the answers"
+    add("--benchmark", choices=sorted(BENCHMARKS), default="amber", help=text)
     add("--data", help="the benchmark's files as downloaded (default: the bundled tiny set)")
     add("--allow-outside", action="store_true", help="permit image paths that leave --data")
     add("--model", help="model folder or hub name (default: the bundled tiny model)")
@@ -216,7 +217,7 @@ def parse_args(argv=None):
     text = "of a server or judge: go on when up to N requests stay without a usable reply"
     add("--give-up", type=within(0), default=0, metavar="N", help=text)
     add("--answers", default="answers.jsonl", help="score: a JSON list or JSONL")
-    add("--judgements", help="score: raw judge replies in answer order")
+    add("--judgements", help="score: raw judge replies in answer order (page: those beside)")
     add("--similar", help="score, AMBER: JSON list of pairs of words that mean the same")
     add("--paper", choices=("7b", "13b", "bunny", "none"), help="published rows shown")
     args = parser.parse_args(argv)

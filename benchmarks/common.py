@@ -140,9 +140,6 @@ def need_answers(answers, judgements):
     """Answers are a list of dicts, and there is a judgement for each or none at all."""
     if not isinstance(answers, list) or not answers:
         raise UserError("no answers: they are a JSON list, or JSONL")
-    for number, answer in enumerate(answers, start=1):
-        if not isinstance(answer, dict):
-            raise UserError(f"answer {number}: no JSON object")
     if judgements is not None and len(judgements) != len(answers):
         raise UserError(f"{len(judgements)} judgements for {len(answers)} answers")
 
@@ -151,7 +148,7 @@ def need_fields(answers, kinds):
     """Answers have these fields, {name: type or types}."""
     for number, answer in enumerate(answers, start=1):
         for name, kind in kinds.items():
-            if not isinstance(answer.get(name), kind):
+            if not isinstance(answer, dict) or not isinstance(answer.get(name), kind):
                 raise UserError(f"answer {number}: the field {name} is missing or of a wrong type")
 
 

@@ -49,14 +49,13 @@ def add(sections, file, answers, data, settings):
     """Puts a file of answers, and what the scorer reads in them, into its benchmark's section."""
     need_answers(answers, None)
     benchmark = benchmark_of(answers[0])
-    folder = Path(data, benchmark)
+    module, folder = BENCHMARKS[benchmark], Path(data, benchmark)
     folder = folder if folder.is_dir() else data
-    if benchmark not in sections:
-        with well_formed(benchmark, folder):
-            questions = BENCHMARKS[benchmark].questions(folder, settings)
-        sections[benchmark] = questions[: len(answers)], []
-    questions, models = sections[benchmark]
-    need_answers_to(questions, answers, BENCHMARKS[benchmark].ANSWER)
+    with well_formed(benchmark, folder):
+        if benchmark not in sections:
+            sections[benchmark] = module.questions(folder, settings)[: len(answers)], []
+        questions, models = sections[benchmark]
+        need_same_questions(questions, answers, module.ANSWER)
     judged, replies, cases = Path(file).with_name("judgements.jsonl"), None, []
     if judged.is_file():
         replies = [judge_text(reply) for reply in read(judged)]
@@ -74,12 +73,12 @@ def add(sections, file, answers, data, settings):
 def benchmark_of(answer):
     """That whose field for an answer it has."""
     for name, module in BENCHMARKS.items():
-        if module.ANSWER in answer:
+        if isinstance(answer, dict) and module.ANSWER in answer:
             return name
     raise UserError("no benchmark has answers like the first one")
 
 
-def need_answers_to(questions, answers, field):
+def need_same_questions(questions, answers, field):
     """What answer n says of its question agrees with question n."""
     for number, (question, answer) in enumerate(zip_longest(questions, answers), start=1):
         if question and answer:

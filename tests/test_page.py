@@ -138,6 +138,10 @@ def test_marked_words_are_what_object_halbench_counts(tmp_path):
     write_lines(tmp_path / "a/judgements.jsonl", [{"text": reply} for reply in replies])
     _, body = page_of(tmp_path, file, "--data", tmp_path / "data")
     assert sorted(marks(body, "false")) == ["cup", "laptop"] and "the judge lists" in body
+    assert "read in different ways" not in body
+    unjudged = write_lines(tmp_path / "b/answers.jsonl", answers)
+    _, body = page_of(tmp_path, unjudged, file, "--data", tmp_path / "data")
+    assert "read in different ways" in body
 
 
 @pytest.mark.parametrize("judged", [False, True])
@@ -246,7 +250,7 @@ def test_several_benchmarks_are_sections_and_texts_are_no_html(tmp_path):
     page, body = page_of(tmp_path, first, second)
     assert body.count("<section>") == 2 and 'href="#hallusionbench"' in page
     assert "<script" not in page and "&lt;script&gt;alert(1)&lt;/script&gt; a <mark" in body
-    assert "&lt;b&gt;<mark" in body and body.count("cut by the token limit") == 2
+    assert "&lt;b&gt;<mark" in body and body.count(">cut by the token limit<") == 2
     assert "no cup" not in body and "(empty)" in body and "thinking not shown" in body
     assert "read as\n<q>unclear</q>" in body
 
@@ -268,7 +272,8 @@ def test_a_part_of_a_benchmark_can_be_looked_at_without_its_metrics(tmp_path):
         ([0, 1, 2, 3], "a.jsonl: line 4: not the answer to question 4"),
         ([1, 0, 2], "a.jsonl: line 1: not the answer"),
         ([], "a.jsonl: no answers"),
-        (["x"], "a.jsonl: answer 1: no JSON object"),
+        (["x"], "a.jsonl: no benchmark has answers like the first one"),
+        ([0, "x", 2], "the answers to them, are not as amber has them"),
         ([{"said": "x"}], "a.jsonl: no benchmark has answers like the first one"),
         ([{"response": 7}, 1, 2], "a.jsonl: answer 1: the field response"),
         ([{"response": "x"}, {}, {}], "a.jsonl: line 2: not the answer"),

@@ -15,14 +15,7 @@ noun is lemmatised before it is looked up, as officially: so the scorer never me
 
 from collections import Counter, defaultdict
 
-from benchmarks.common import (
-    Case,
-    find,
-    need_fields,
-    question_about,
-    read,
-    word_list,
-)
+from benchmarks.common import Case, find, need_fields, question_about, read, word_list
 from benchmarks.words import noun_reader, similarity
 from support.cli import UserError
 
@@ -103,23 +96,22 @@ class Captions:
         covered, invented, words = set(), set(), []
         for lemma, is_noun, word in self.tokens(text):
             if not is_noun or lemma not in self.known:
-                words.append((word, ""))
-                continue
-            if lemma in self.safe:
-                words.append((word, "safe"))
-                continue
-            there = self.named_by(lemma, note["truth"], str.__eq__)
-            if there is None:
-                invented.add(self.named_by(lemma, note["hallu"], str.__eq__))
-                invented.add(self.named_by(lemma, note["hallu"], self.alike))
-                there = self.named_by(lemma, note["truth"], self.alike)
-            covered.add(there)
-            words.append((word, "false" if there is None else "true"))
+                kind = ""
+            elif lemma in self.safe:
+                kind = "safe"
+            else:
+                there = self.named_by(lemma, note["truth"], str.__eq__)
+                if there is None:
+                    invented.add(self.named_by(lemma, note["hallu"], str.__eq__))
+                    invented.add(self.named_by(lemma, note["hallu"], self.alike))
+                    there = self.named_by(lemma, note["truth"], self.alike)
+                covered.add(there)
+                kind = "false" if there is None else "true"
+            words.append((word, kind))
         kinds = Counter(kind for _, kind in words)
+        self.count.update(kinds)
         self.count["captions"] += 1
         self.count["with wrong"] += kinds["false"] > 0
-        self.count["mentions"] += len(words) - kinds[""]
-        self.count["wrong"] += kinds["false"]
         self.count["objects"] += len(note["truth"])
         self.count["covered"] += len(covered - {None})
         self.count["likely"] += len(note["hallu"])
@@ -140,7 +132,7 @@ class Captions:
     def metrics(self):
         n = self.count
         return {
-            "CHAIR": ratio(n["wrong"], n["mentions"]),
+            "CHAIR": ratio(n["false"], n["true"] + n["false"] + n["safe"]),
             "Cover": ratio(n["covered"], n["objects"]),
             "Hal": ratio(n["with wrong"] + 0.001, n["captions"]),  # officially 100 - those without
             "Cog": ratio(n["invented"], n["likely"]),

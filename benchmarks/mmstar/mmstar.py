@@ -14,15 +14,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from benchmarks.common import (
-    Case,
-    find,
-    need_fields,
-    percent,
-    question_about,
-    read,
-    word_list,
-)
+from benchmarks.common import Case, find, need_fields, percent, question_about, read, word_list
 from support.cli import UserError
 
 ITEMS, ANSWER, JUDGE = 1500, "prediction", "none"

@@ -20,15 +20,7 @@ from collections import Counter, defaultdict
 from itertools import groupby
 from pathlib import Path
 
-from benchmarks.common import (
-    Case,
-    find,
-    need_fields,
-    percent,
-    question_about,
-    read,
-    word_list,
-)
+from benchmarks.common import Case, find, need_fields, percent, question_about, read, word_list
 from benchmarks.words import noun_reader, phrase_reader
 from support.cli import UserError
 
