@@ -49,7 +49,7 @@ def score(answers, folder, settings):
     """(metrics, how texts were read)."""
     need_fields(answers, {ANSWER: str, "id": int})
     notes = read(find(folder, "annotations.json"))
-    captions, yes_no = Captions(folder, settings.similar), defaultdict(YesNo)
+    captions, yes_no = Captions(folder, settings.similar), defaultdict(list)
     for number, answer in enumerate(answers, start=1):
         if not 0 < answer["id"] <= len(notes):
             raise UserError(f"answer {number}: AMBER has no question with the id {answer['id']}")
@@ -59,15 +59,16 @@ def score(answers, folder, settings):
             continue
         said = yes_or_no(text) if settings.protocol == "symmpo" else text
         truth = note["truth"].title()
-        settings.cases.append(Case(said == truth, said, truth))
+        case = Case(said == truth, said, truth)
+        settings.cases.append(case)
         for part in PARTS["of_type"][note["type"]]:
-            yes_no[part].add(said, truth)
+            yes_no[part].append(case)
     metrics = {}
     for part in PARTS["of_dimension"][settings.dimension]:
         if part == "generative":
             metrics[part] = captions.metrics()
         else:
-            metrics[part] = yes_no[part].metrics(part)
+            metrics[part] = of_yes_no(yes_no[part], part)
     return metrics, captions.reading if captions.count["captions"] else settings.protocol
 
 
@@ -139,30 +140,19 @@ class Captions:
         }
 
 
-class YesNo:
+def of_yes_no(cases, part):
     """Accuracy, and precision, recall and F1 of the answer "No", as officially."""
-
-    def __init__(self):
-        self.count = Counter()
-
-    def add(self, said, truth):
-        self.count["asked"] += 1
-        self.count["right"] += said == truth
-        self.count["said no"] += said == "No"
-        self.count["is no"] += truth == "No"
-        self.count["both no"] += said == truth == "No"
-
-    def metrics(self, part):
-        n = self.count
-        start = 0.003 if part == "attribute" else 0.001  # attribute sums three denominators
-        found = {
-            "Accuracy": ratio(n["right"], n["asked"], start),
-            "Precision": ratio(n["both no"], n["said no"], start),
-            "Recall": ratio(n["both no"], n["is no"], start),
-        }
-        p, r = found["Precision"] / 100, found["Recall"] / 100  # of the rounded ones
-        found["F1"] = ratio(2 * p * r, p + r, 0.001 if part == "existence" else 0.0001)
-        return found
+    start = 0.003 if part == "attribute" else 0.001  # attribute sums three denominators
+    said_no = [case.right for case in cases if case.said == "No"]
+    is_no = [case.right for case in cases if case.truth == "No"]
+    found = {
+        "Accuracy": ratio(sum(case.right for case in cases), len(cases), start),
+        "Precision": ratio(sum(said_no), len(said_no), start),
+        "Recall": ratio(sum(is_no), len(is_no), start),
+    }
+    p, r = found["Precision"] / 100, found["Recall"] / 100  # of the rounded ones
+    found["F1"] = ratio(2 * p * r, p + r, 0.001 if part == "existence" else 0.0001)
+    return found
 
 
 def yes_or_no(text):
