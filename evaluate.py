@@ -3,6 +3,7 @@
     python evaluate.py run --benchmark amber            the bundled tiny model on a tiny AMBER
     python evaluate.py run --model M --adapter A --benchmark B --data DIR --out DIR
     python evaluate.py generate|judge|score|report ...  the same, step by step (--help)
+    python evaluate.py page */answers.jsonl --data DIR  a page to look at what was answered
     python evaluate.py fetch-help B --data DIR          what to download, what DIR lacks
 
 Each benchmark is a folder of benchmarks/ that can be read alone. Here is what they share:
@@ -22,9 +23,9 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks import BENCHMARKS, report, score, well_formed
+from benchmarks import BENCHMARKS, page, report, score, well_formed
 from benchmarks.answers import Answers, answer, names_of
-from benchmarks.common import HERE, Settings, read
+from benchmarks.common import HERE, Settings, made_of, read
 from benchmarks.judge import judge, judge_text
 from support.chat import ask_in_order, chat_message, digest
 from support.cli import UserError, new_parser, run_command, within
@@ -138,10 +139,7 @@ def settings_of(args, judgements=None):
 
 def score_files(args, answers, judgements, out):
     """metrics.json: the score and, from beside the answers, how they were made."""
-    result = {"name": Path(answers).stem}
-    made = Path(answers).with_suffix(".settings.json")
-    if made.is_file():
-        result |= read(made)
+    result = made_of(answers)
     replies, model = None, None
     if judgements:
         raw = read(judgements)
@@ -169,6 +167,12 @@ def run(args):
     report.write(results, args.out, args.paper)
 
 
+def show(args):
+    """A page of what was answered, as it was read."""
+    files = args.names or [args.answers]
+    page.write(files, args.data, settings_of(args), args.out, args.limit)
+
+
 def fetch_help(args):
     """What to download from where and, of what is needed, what the folder lacks."""
     print((HERE / args.benchmark / "README.md").read_text(encoding="utf-8"))
@@ -183,9 +187,10 @@ def fetch_help(args):
 def parse_args(argv=None):
     parser = new_parser(__doc__)
     add = parser.add_argument
-    add("command", choices="run generate judge score report fetch-help".split())
-    add("names", nargs="*", help="report: metrics.json files; fetch-help: the benchmark")
-    add("--benchmark", choices=sorted(BENCHMARKS), default="amber")
+    add("command", choices="run generate judge score report page fetch-help".split())
+    add("names", nargs="*", help="report: metrics.json files; page: answers; fetch-help: B")
+    text = "page tells it by the answers"
+    add("--benchmark", choices=sorted(BENCHMARKS), default="amber", help=text)
     add("--data", help="the benchmark's files as downloaded (default: the bundled tiny set)")
     add("--allow-outside", action="store_true", help="permit image paths that leave --data")
     add("--model", help="model folder or hub name (default: the bundled tiny model)")
@@ -196,7 +201,7 @@ def parse_args(argv=None):
     text = "AMBER: all, captions, yes/no, or its existence, attribute, relation part"
     add("--dimension", choices=dimensions, default="a", help=text)
     add("--row", help="its name in reports; rows of one name (seeds) are averaged there")
-    add("--limit", type=within(1), help="only the first N questions")
+    add("--limit", type=within(1), help="only the first N questions; page: N cases (100)")
     # who answers, and how
     add("--batch-size", type=within(1), default=16)
     add("--max-new-tokens", type=within(1), default=1024)
@@ -214,7 +219,7 @@ def parse_args(argv=None):
     text = "of a server or judge: go on when up to N requests stay without a usable reply"
     add("--give-up", type=within(0), default=0, metavar="N", help=text)
     add("--answers", default="answers.jsonl", help="score: a JSON list or JSONL")
-    add("--judgements", help="score: raw judge replies in answer order")
+    add("--judgements", help="score: raw judge replies in answer order (page: those beside)")
     add("--similar", help="score, AMBER: JSON list of pairs of words that mean the same")
     add("--paper", choices=("7b", "13b", "bunny", "none"), help="published rows shown")
     add("--differences", action="store_true", help="report: to each published row, and in settings")
@@ -232,8 +237,8 @@ def parse_args(argv=None):
     if args.command != "fetch-help" and not args.data:
         if args.model:
             parser.error("--data is missing: the benchmark's files")
-        args.data = TINY / args.benchmark
-    default = {"score": "metrics.json", "report": "."}
+        args.data = TINY if args.command == "page" else TINY / args.benchmark
+    default = {"score": "metrics.json", "report": ".", "page": "page.html"}
     own = f"runs/{args.benchmark}-{Path(args.model or 'tiny').name}"
     args.out = args.out or default.get(args.command, own)
     args.model = args.model or str(TINY / "model")
@@ -254,6 +259,7 @@ def main(argv=None):
             args.paper,
             args.differences,
         ),
+        "page": (show, args),
         "fetch-help": (fetch_help, args),
     }
     run_command(*commands[args.command])

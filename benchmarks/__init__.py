@@ -5,6 +5,7 @@ JUDGE ("none", "optional" or "needed"), FILES (what is needed), COLUMNS (of the 
 
     questions(folder, settings) -> [Question]
     score(answers, folder, settings) -> (metrics, how texts were read)
+                      and, into settings.cases, what was read in each answer, for the page
     is_clear(text)    where answers have a form: has this one?
 
 and, if JUDGE is not "none", judge_messages(prompt, row) and check_reply(text), which returns a

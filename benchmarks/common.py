@@ -11,7 +11,7 @@ import json
 import os
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from support.cli import UserError
@@ -36,19 +36,18 @@ class Settings:
     judgements: list | None = None  # raw texts in answer order
     similar: list | None = None  # AMBER: pairs of words that mean the same
     allow_outside: bool = False  # may images leave the benchmark's folder?
+    cases: list = field(default_factory=list)  # filled by `score`: a Case for each answer
 
 
 @dataclass
 class Case:
-    """What a scorer read in an answer: the metrics are counted from this, and the page shows it."""
+    """What a scorer reads in an answer while it counts, for a person to see."""
 
     right: bool  # of objects: none is false
     said: str = ""  # yes, a letter, a judge's words; "" for captions: the answer itself is read
     truth: str = ""  # what should have been said
     words: list | tuple = ()  # (word, "true", "false", "safe", or "" for no object), in order
     missed: list | tuple = ()  # true objects that are not named
-    parts: tuple = ()  # of the benchmark, in which it counts
-    counts: dict | None = None  # what else the metrics add up
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -158,6 +157,15 @@ def question_about(row, prompt, given, folder, subfolder, settings):
 
 
 # --- answers --------------------------------------------------------------------------------------
+
+
+def made_of(file):
+    """Its row's name and, if `generate` wrote the file, how."""
+    made = {"name": Path(file).stem}
+    known = Path(file).with_suffix(".settings.json")
+    if known.is_file():
+        made |= read(known)
+    return made
 
 
 def need_answers(answers, judgements):

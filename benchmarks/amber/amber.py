@@ -66,42 +66,32 @@ def notes_of(folder):
     return notes
 
 
-def cases(answers, folder, settings):
-    """([Case], how texts were read)."""
+def score(answers, folder, settings):
+    """(metrics, how texts were read)."""
     need_fields(answers, {ANSWER: str, "id": int})
-    notes, captions = notes_of(folder), None
-    found, reading = [], settings.protocol
+    notes, captions, yes_no = notes_of(folder), None, defaultdict(list)
     for number, answer in enumerate(answers, start=1):
         if answer["id"] not in notes:
             raise UserError(f"answer {number}: AMBER has no question with the id {answer['id']}")
         note, text = notes[answer["id"]], answer[ANSWER]
         if note["type"] == "generative":
-            if captions is None:  # a TSV has no word lists, and no captions
+            if captions is None:  # a TSV has no captions, and no lists of words
                 captions = Captions(folder, settings.similar)
-            case = captions.read(text, note)
-            reading = captions.reading
-        else:
-            said = yes_or_no(text) if settings.protocol == "symmpo" else text
-            case = yes_no(said, note["truth"].title())
-        case.parts = PARTS["of_type"][note["type"]]
-        found.append(case)
-    return found, reading
-
-
-def score(answers, folder, settings):
-    """(metrics, how texts were read)."""
-    found, reading = cases(answers, folder, settings)
-    counts = defaultdict(Counter)
-    for case in found:
-        for part in case.parts:
-            counts[part].update(case.counts)
+            settings.cases.append(captions.add(text, note))
+            continue
+        said = yes_or_no(text) if settings.protocol == "symmpo" else text
+        truth = note["truth"].title()
+        case = Case(said == truth, said, truth)
+        settings.cases.append(case)
+        for part in PARTS["of_type"][note["type"]]:
+            yes_no[part].append(case)
     metrics = {}
     for part in PARTS["of_dimension"][settings.dimension]:
         if part != "generative":
-            metrics[part] = of_yes_no(counts[part], part)
-        elif counts[part]:  # VLMEvalKit's file has no captions
-            metrics[part] = of_captions(counts[part])
-    return metrics, reading
+            metrics[part] = of_yes_no(yes_no[part], part)
+        elif captions is not None:
+            metrics[part] = captions.metrics()
+    return metrics, settings.protocol if captions is None else captions.reading
 
 
 def ratio(above, below, start=0.001):
@@ -110,7 +100,10 @@ def ratio(above, below, start=0.001):
 
 
 class Captions:
-    """Finds the objects that captions name."""
+    """CHAIR   mentions that are not in the image, among all mentions
+    Cover   objects in the image that are mentioned, among those objects
+    Hal     captions with a wrong mention
+    Cog     likely inventions (the annotators' `hallu` lists) that are mentioned, among these"""
 
     def __init__(self, folder, similar=None):
         self.relation = read(find(folder, "relation.json"))
@@ -119,37 +112,35 @@ class Captions:
         self.tokens, reader = noun_reader(read(word_list("amber", "lemma_table.json")))
         self.alike, judge = similarity(similar)
         self.reading = f"{reader}; similarity: {judge}"
+        self.count = Counter()
 
-    def read(self, text, note):
-        """A Case."""
+    def add(self, text, note):
+        """Count a caption; returns its Case."""
         covered, invented, words = set(), set(), []
         for lemma, is_noun, word in self.tokens(text):
             if not is_noun or lemma not in self.known:
-                words.append((word, ""))
-                continue
-            if lemma in self.safe:
-                words.append((word, "safe"))
-                continue
-            there = self.named_by(lemma, note["truth"], str.__eq__)
-            if there is None:
-                invented.add(self.named_by(lemma, note["hallu"], str.__eq__))
-                invented.add(self.named_by(lemma, note["hallu"], self.alike))
-                there = self.named_by(lemma, note["truth"], self.alike)
-            covered.add(there)
-            words.append((word, "false" if there is None else "true"))
+                kind = ""
+            elif lemma in self.safe:
+                kind = "safe"
+            else:
+                there = self.named_by(lemma, note["truth"], str.__eq__)
+                if there is None:
+                    invented.add(self.named_by(lemma, note["hallu"], str.__eq__))
+                    invented.add(self.named_by(lemma, note["hallu"], self.alike))
+                    there = self.named_by(lemma, note["truth"], self.alike)
+                covered.add(there)
+                kind = "false" if there is None else "true"
+            words.append((word, kind))
         kinds = Counter(kind for _, kind in words)
-        counts = {
-            "captions": 1,
-            "with wrong": kinds["false"] > 0,
-            "mentions": len(words) - kinds[""],
-            "wrong": kinds["false"],
-            "objects": len(note["truth"]),
-            "covered": len(covered - {None}),
-            "likely": len(note["hallu"]),
-            "invented": len(invented - {None}),
-        }
+        self.count.update(kinds)
+        self.count["captions"] += 1
+        self.count["with wrong"] += kinds["false"] > 0
+        self.count["objects"] += len(note["truth"])
+        self.count["covered"] += len(covered - {None})
+        self.count["likely"] += len(note["hallu"])
+        self.count["invented"] += len(invented - {None})
         missed = [thing for thing in note["truth"] if thing not in covered]
-        return Case(kinds["false"] == 0, words=words, missed=missed, counts=counts)
+        return Case(kinds["false"] == 0, words=words, missed=missed)
 
     def named_by(self, word, objects, same):
         """The first object that the word stands for: by an association, or else by its name."""
@@ -161,39 +152,25 @@ class Captions:
                 return thing
         return None
 
-
-def of_captions(n):
-    """CHAIR   mentions that are not in the image, among all mentions
-    Cover   objects in the image that are mentioned, among those objects
-    Hal     captions with a wrong mention
-    Cog     likely inventions (the annotators' `hallu` lists) that are mentioned, among these"""
-    return {
-        "CHAIR": ratio(n["wrong"], n["mentions"]),
-        "Cover": ratio(n["covered"], n["objects"]),
-        "Hal": ratio(n["with wrong"] + 0.001, n["captions"]),  # officially 100 - those without
-        "Cog": ratio(n["invented"], n["likely"]),
-    }
+    def metrics(self):
+        n = self.count
+        return {
+            "CHAIR": ratio(n["false"], n["true"] + n["false"] + n["safe"]),
+            "Cover": ratio(n["covered"], n["objects"]),
+            "Hal": ratio(n["with wrong"] + 0.001, n["captions"]),  # officially 100 - those without
+            "Cog": ratio(n["invented"], n["likely"]),
+        }
 
 
-def yes_no(said, truth):
-    """A Case."""
-    counts = {
-        "asked": 1,
-        "right": said == truth,
-        "said no": said == "No",
-        "is no": truth == "No",
-        "both no": said == truth == "No",
-    }
-    return Case(said == truth, said, truth, counts=counts)
-
-
-def of_yes_no(n, part):
+def of_yes_no(cases, part):
     """Accuracy, and precision, recall and F1 of the answer "No", as officially."""
     start = 0.003 if part == "attribute" else 0.001  # attribute sums three denominators
+    said_no = [case.right for case in cases if case.said == "No"]
+    is_no = [case.right for case in cases if case.truth == "No"]
     found = {
-        "Accuracy": ratio(n["right"], n["asked"], start),
-        "Precision": ratio(n["both no"], n["said no"], start),
-        "Recall": ratio(n["both no"], n["is no"], start),
+        "Accuracy": ratio(sum(case.right for case in cases), len(cases), start),
+        "Precision": ratio(sum(said_no), len(said_no), start),
+        "Recall": ratio(sum(is_no), len(is_no), start),
     }
     p, r = found["Precision"] / 100, found["Recall"] / 100  # of the rounded ones
     found["F1"] = ratio(2 * p * r, p + r, 0.001 if part == "existence" else 0.0001)

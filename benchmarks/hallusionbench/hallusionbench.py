@@ -87,31 +87,22 @@ def is_clear(text):
     return bool(first_yes_or_no(text))
 
 
-def cases(answers, folder, settings):
-    """([Case], how texts were read)."""
+def score(answers, folder, settings):
+    """(metrics, how texts were read)."""
     need_fields(answers, {ANSWER: str, **dict.fromkeys((*Place._fields, "gt_answer"), (str, int))})
-    judgements, found = settings.judgements, []
+    judgements, right = settings.judgements, {}
     for number, answer in enumerate(answers):
         place = Place(*(str(answer[name]) for name in Place._fields))
+        if place in right:
+            raise UserError(f"question {'/'.join(place)}: there is a second one")
         truth = "yes" if str(answer["gt_answer"]) == "1" else "no"
         if judgements is None:
             said = first_yes_or_no(answer[ANSWER])
-            is_right = said == truth if said else place.without_image()
+            right[place] = said == truth if said else place.without_image()
         else:
             said = judgements[number]
-            is_right = judged_right(said, place)
-        found.append(Case(is_right, said, truth, parts=place))
-    return found, "no judge: first yes/no" if judgements is None else "judge"
-
-
-def score(answers, folder, settings):
-    """(metrics, how texts were read)."""
-    found, reading = cases(answers, folder, settings)
-    right = {}
-    for case in found:
-        if case.parts in right:
-            raise UserError(f"question {'/'.join(case.parts)}: there is a second one")
-        right[case.parts] = case.right
+            right[place] = judged_right(said, place)
+        settings.cases.append(Case(right[place], said, truth))
 
     # People also publish the 951 questions with an image alone, without a half of VS.
     is_whole = any(place.without_image() for place in right)
@@ -130,6 +121,7 @@ def score(answers, folder, settings):
         "fAcc": round(percent(sum(map(all, by_figure.values())), len(by_figure)), 4),
         "aAcc": round(percent(sum(right.values()), len(right)), 4),
     }
+    reading = "no judge: first yes/no" if judgements is None else "judge"
     if not is_whole and any(place.category == "VS" for place in right):
         del metrics["qAcc"]
         reading += "; image questions alone, no qAcc"

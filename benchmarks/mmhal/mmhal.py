@@ -46,32 +46,25 @@ def check_reply(text):
     return text if rating(text, "official") else f"{text}\nRating: {found.pop()}"
 
 
-def cases(answers, folder, settings):
-    """([Case], how texts were read). A rating below 3 is a hallucination."""
-    if not settings.judgements:
-        raise UserError("MMHal-Bench has no judge-free reading: `evaluate.py judge` comes first")
-    found = []
-    for answer, reply in zip(answers, settings.judgements):
-        stars = rating(reply, settings.protocol)
-        truth = answer.get("gt_answer", "")
-        found.append(Case(stars >= 3, reply, truth, counts={"rating": stars}))
-    return found, "judge"
-
-
 def score(answers, folder, settings):
     """(metrics, how texts were read)."""
-    found, reading = cases(answers, folder, settings)
-    if len(found) != ITEMS:
-        raise UserError(f"MMHal-Bench has 96 questions; here are {len(found)} answers")
-    ratings = [case.counts["rating"] for case in found]
-    low = sum(not case.right for case in found)
+    judgements = settings.judgements or []
+    ratings = [rating(text, settings.protocol) for text in judgements]
+    for answer, said, value in zip(answers, judgements, ratings):
+        settings.cases.append(Case(value >= 3, said, answer.get("gt_answer", "")))
+    if len(answers) != ITEMS or not judgements:
+        raise UserError(
+            f"MMHal-Bench has 96 questions and no judge-free reading; here are {len(answers)} "
+            f"answers, {len(judgements)} judgements"
+        )
+    low = sum(value < 3 for value in ratings)
     by_type = [sum(ratings[first::8]) / 12 for first in range(8)]  # the types come in turns
     metrics = {
         "score": sum(ratings) / ITEMS,
         "hallucination_rate": percent(low, ITEMS),
         "score_per_type": by_type,
     }
-    return metrics, reading
+    return metrics, "judge"
 
 
 def rating(text, protocol):

@@ -48,24 +48,17 @@ def is_clear(text):
     return bool(re.fullmatch(r"(?s)[\W_]*[a-d]\b.*", text.lower()))
 
 
-def cases(answers, folder, settings):
-    """([Case], how texts were read)."""
-    need_fields(answers, {ANSWER: str, "answer": str, "category": str, "l2_category": str})
-    found = []
-    for row in answers:
-        said, truth = letter_in(row[ANSWER], settings.protocol), lowered(row["answer"])
-        found.append(Case(said == truth, said, truth, parts=parts_of(row)))
-    return found, "first letter a-d" if settings.protocol == "symmpo" else "letter in place"
-
-
 def score(answers, folder, settings):
     """(metrics, how texts were read)."""
-    found, reading = cases(answers, folder, settings)
+    need_fields(answers, {ANSWER: str, "answer": str, "category": str, "l2_category": str})
     right, count = Counter(), Counter()
-    for case in found:
-        count.update(case.parts)
-        if case.right:
-            right.update(case.parts)
+    for row in answers:
+        parts = parts_of(row)
+        count.update(parts)
+        said, truth = letter_in(row[ANSWER], settings.protocol), lowered(row["answer"])
+        settings.cases.append(Case(said == truth, said, truth))
+        if said == truth:
+            right.update(parts)
     size = published_sizes(folder)
     for part in sorted(count.keys() ^ size.keys()):
         raise UserError(f"MMStar: no answers in {part}, or no such category; all are needed")
@@ -73,7 +66,7 @@ def score(answers, folder, settings):
     for part in size:  # officially a sub-category is divided by what was answered of it
         whole = count[part] if "(" in part else size[part]
         metrics[part] = percent(right[part], whole)
-    return metrics, reading
+    return metrics, "first letter a-d" if settings.protocol == "symmpo" else "letter in place"
 
 
 def parts_of(row):

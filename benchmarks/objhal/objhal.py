@@ -20,15 +20,7 @@ from collections import Counter, defaultdict
 from itertools import groupby
 from pathlib import Path
 
-from benchmarks.common import (
-    Case,
-    find,
-    need_fields,
-    percent,
-    question_about,
-    read,
-    word_list,
-)
+from benchmarks.common import Case, find, need_fields, percent, question_about, read, word_list
 from benchmarks.words import noun_reader, phrase_reader
 from support.cli import UserError
 
@@ -82,45 +74,36 @@ def check_reply(text):
 # --- scoring --------------------------------------------------------------------------------------
 
 
-def cases(answers, folder, settings):
-    """([Case], how texts were read)."""
+def score(answers, folder, settings):
+    """(metrics, how texts were read)."""
     need_fields(answers, {ANSWER: str, "image_id": (str, int)})
-    names, found = Names(folder), []
+    names, count = Names(folder), Counter()
     truth = true_objects(folder, {int(row["image_id"]) for row in answers}, names)
     reading = f"no judge: caption mode, {names.reading}"
     if settings.judgements is not None:
         reading = f"judge; {names.phrase_reading}"
     for number, row in enumerate(answers):
-        said = ""
+        said, words = "", []
         if settings.judgements is None:
             named = names.in_text(without_speaker(row[ANSWER]))
         else:
             named = names.in_phrases(listed(row, settings.judgements[number]))
             said = ", ".join(word for word, _ in named)
-        there, words = truth[int(row["image_id"])], []
+        there = truth[int(row["image_id"])]
         for word, thing in named:
             kind = "true" if thing in there else "false"
             words.append((word, kind if thing else ""))
-        is_right = (there | {None}).issuperset(thing for _, thing in named)
+        kinds = Counter(kind for _, kind in words if kind)
+        count.update(kinds)
+        count["responses"] += len(kinds) > 0
+        count["hallucinated"] += kinds["false"] > 0
         missed = sorted(there.difference(thing for _, thing in named))
-        found.append(Case(is_right, said, words=words, missed=missed))
-    return found, reading
-
-
-def score(answers, folder, settings):
-    """(metrics, how texts were read)."""
-    found, reading = cases(answers, folder, settings)
-    kinds, responses = Counter(), 0
-    for case in found:
-        named = [kind for _, kind in case.words if kind]
-        kinds.update(named)
-        responses += len(named) > 0
-    if responses == 0:
+        settings.cases.append(Case(kinds["false"] == 0, said, words=words, missed=missed))
+    if count["responses"] == 0:
         raise UserError("no answer names any COCO object: there is nothing to score")
-    hallucinated = sum(not case.right for case in found)
     metrics = {
-        "response_hallucination": percent(hallucinated, responses),
-        "mention_hallucination": percent(kinds["false"], kinds.total()),
+        "response_hallucination": percent(count["hallucinated"], count["responses"]),
+        "mention_hallucination": percent(count["false"], count["true"] + count["false"]),
     }
     return metrics, reading
 

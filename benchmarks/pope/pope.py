@@ -5,17 +5,17 @@ https://github.com/AoiDragon/POPE; numbers as its official scorer's.
     coco_pope_random.json     {"question_id": 1, "image": "COCO_val2014_000000310196.jpg",
     coco_pope_popular.json     "text": "Is there a snowboard in the image?", "label": "yes"}
     coco_pope_adversarial.json
-    coco_repope_*.json         the same with corrected labels (Neuhaus & Hein 2025), optional
-    answers                    the same with "category" (random, ...) and "answer"
+    coco_repope_*.json        the same with corrected labels (Neuhaus & Hein 2025), optional
+    answers                   {"question": ..., "label": ..., "category": "random", "answer": ...}
 
 An answer is No if its first sentence has the word no, No or not, and else Yes. Protocol "symmpo"
 asks as LLaVA's evaluation does, for a single word; "official" asks the bare question.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
-from benchmarks.common import Case, need_fields, percent, question_about, read, rows_of
+from benchmarks.common import Case, find, need_fields, percent, question_about, read, rows_of
 
 ITEMS, ANSWER, JUDGE = 9000, "answer", "none"
 CATEGORIES = ("random", "popular", "adversarial")
@@ -33,33 +33,30 @@ SUFFIX = {"symmpo": "\nAnswer the question using a single word or phrase.", "off
 def questions(folder, settings):
     asked = []
     for row in published_rows(folder):
-        prompt = row["text"] + SUFFIX[settings.protocol]
-        asked.append(question_about(row, prompt, row["image"], folder, "val2014", settings))
-        if isinstance(row["image"], str) and "." in row["image"]:
-            asked[-1].record["image"] = row["image"]  # RePOPE names questions by it
+        for category in row["category"].split(","):  # a TSV has a question of all three once
+            record = {
+                "question_id": row.get("question_id") or row["index"],
+                "picture": row.get("picture"),
+                "question": row["question"],
+                "label": row["answer"].lower(),
+                "category": category.strip().lower(),
+            }
+            prompt = row["question"] + SUFFIX[settings.protocol]
+            about = prompt, row["image"], folder, "val2014", settings
+            asked.append(question_about(record, *about))
     return asked
 
 
 def published_rows(folder):
-    """The official files' rows with their category, or a table's (VLMEvalKit's TSV, the hub's
-    parquet) as the official files have them."""
+    """Those of the three files, or of VLMEvalKit's TSV or the hub's parquet, in the latter's words.
+    "picture" is the image's name, by which RePOPE knows a question."""
+    if not Path(folder, FILES[0]).is_file():
+        return rows_of(folder, "POPE*.tsv", "*.parquet", FILES[0])
     rows = []
-    if Path(folder, FILES[0]).is_file():
-        for category, file in zip(CATEGORIES, FILES):
-            for row in read(Path(folder, file)):
-                rows.append({**row, "category": category})
-        return rows
-    for row in rows_of(folder, FILES[0], "POPE*.tsv", "*.parquet"):
-        for category in row["category"].split(","):  # the TSV has a question once
-            rows.append(
-                {
-                    "question_id": row.get("question_id") or row["index"],
-                    "image": row["image"],
-                    "text": row["question"],
-                    "label": row["answer"].lower(),
-                    "category": category.strip().lower(),
-                }
-            )
+    for category, file in zip(CATEGORIES, FILES):
+        for row in read(find(folder, file)):
+            words = {"category": category, "question": row["text"], "answer": row["label"]}
+            rows.append({**row, **words, "picture": row["image"]})
     return rows
 
 
@@ -67,23 +64,8 @@ def is_clear(text):
     return text.lower().startswith(("yes", "no"))
 
 
-def cases(answers, folder, settings):
-    """([Case], how texts were read)."""
-    need_fields(answers, dict.fromkeys((ANSWER, "text", "label", "category"), str))
-    corrected = repope(folder)
-    found = []
-    for row in answers:
-        said = yes_or_no(row[ANSWER])
-        parts = {row["category"]: row["label"]}
-        label = corrected.get((row["category"], row.get("image"), row["text"]))
-        if label is not None:
-            parts[f"repope {row['category']}"] = label
-        found.append(Case(said == row["label"], said, row["label"], parts=parts))
-    return found, "no, not in the first sentence" + ("; RePOPE" if corrected else "")
-
-
 def repope(folder):
-    """{(category, image, question): corrected label}; RePOPE leaves out what is not clear."""
+    """{(category, picture, question): corrected label}; RePOPE leaves out what is not clear."""
     labels = {}
     for category in CATEGORIES:
         for place in (Path(folder), Path(folder, "annotations")):
@@ -102,17 +84,21 @@ def yes_or_no(text):
 def score(answers, folder, settings):
     """(metrics, how texts were read). Precision and F1 of the answer "yes"; 0 where the official
     scorer divides by zero. "mean" is over the categories that were asked."""
-    found, reading = cases(answers, folder, settings)
-    counts = {}
-    for case in found:
-        for part, label in case.parts.items():
-            counts.setdefault(part, Counter())[case.said, label] += 1
+    need_fields(answers, dict.fromkeys((ANSWER, "question", "label", "category"), str))
+    corrected, counts = repope(folder), defaultdict(Counter)
+    for row in answers:
+        said, category = yes_or_no(row[ANSWER]), row["category"]
+        settings.cases.append(Case(said == row["label"], said, row["label"]))
+        counts[category][said, row["label"]] += 1
+        label = corrected.get((category, row.get("picture"), row["question"]))
+        if label is not None:
+            counts[f"repope {category}"][said, label] += 1
     metrics = {part: rates(count) for part, count in counts.items()}
     asked = [metrics[category] for category in CATEGORIES if category in metrics]
     metrics["mean"] = {}
     for name in asked[0]:
         metrics["mean"][name] = sum(rate[name] for rate in asked) / len(asked)
-    return metrics, reading
+    return metrics, "no, not in the first sentence" + ("; RePOPE" if corrected else "")
 
 
 def rates(count):
