@@ -29,6 +29,7 @@ RATING = re.compile(r"rating(?: *\(0 *(?:-|–|to) *6\))?\W*(?:(?:is|of)\W*)?([0
 def questions(folder, settings):
     asked = []
     for row in read(find(folder, *FILES, *OTHER_NAMES)):
+        row.pop(ANSWER, None)  # a template has an empty one
         given = row.get("image") or row.get("image_src")
         asked.append(question_about(row, row["question"], given, folder, "images", settings))
     return asked

@@ -1,7 +1,6 @@
 """Servers that misbehave in rarer ways than test_chat.py has them: finished work is kept, the
 client neither hangs nor swells, and the message says what was wrong."""
 
-import gzip
 import json
 import os
 import signal
@@ -10,7 +9,6 @@ import ssl
 import subprocess
 import threading
 import time
-import tracemalloc
 import urllib.parse
 
 import pytest
@@ -36,26 +34,11 @@ def drip(handler):
         time.sleep(0.1)
 
 
-def endless(handler):
-    """Says that 10 GB will come, and sends as much as is taken."""
-    begin(handler, 10_000_000_000)
-    for _ in range(1000):
-        handler.wfile.write(b" " * 1_000_000)
-
-
 def test_a_slow_drip_meets_the_timeout(serve, tmp_path):
     url, bodies = serve(lambda body, attempt: drip if attempt == 0 else echo(body, attempt))
     began = time.monotonic()
     assert ask(questions(1), tmp_path / "log", url, timeout=0.5) == {"q0": "re: question 0"}
     assert time.monotonic() - began < 4 and len(bodies) == 2
-
-
-def test_an_endless_reply_is_cut_off(serve, tmp_path):
-    url, _ = serve(lambda body, attempt: endless if attempt == 0 else echo(body, attempt))
-    tracemalloc.start()
-    assert ask(questions(1), tmp_path / "log", url) == {"q0": "re: question 0"}
-    assert tracemalloc.get_traced_memory()[1] < 100_000_000
-    tracemalloc.stop()
 
 
 def test_replies_with_a_wrong_id_or_model_still_belong_to_their_request(serve, tmp_path):
@@ -173,27 +156,20 @@ def test_a_password_in_the_address_is_shown_nowhere(serve, tmp_path, monkeypatch
         assert secret not in said
 
 
-def test_a_redirect_to_another_host_is_refused_and_to_the_same_one_followed(serve, tmp_path):
+@pytest.mark.parametrize("path", ["{there}/chat/completions", "/v1/elsewhere"])
+def test_a_redirect_is_not_followed(serve, tmp_path, path):
     there, asked_there = serve(echo)
 
-    def to(url):
-        def redirect(handler):
-            handler.send_response(307)
-            handler.send_header("Location", url)
-            handler.send_header("Content-Length", "0")
-            handler.end_headers()
+    def redirect(handler):
+        handler.send_response(307)
+        handler.send_header("Location", path.format(there=there))
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
 
-        return redirect
-
-    url, _ = serve(lambda body, attempt: to(f"{there}/chat/completions"))
-    with pytest.raises(UserError, match="redirects to .*if you trust that, ask it"):
+    url, bodies = serve(lambda body, attempt: redirect)
+    with pytest.raises(UserError, match="307"):
         ask(questions(1), tmp_path / "log", url)
-    assert not asked_there
-    url, bodies = serve(
-        lambda body, attempt: to("/v1/elsewhere") if attempt == 0 else echo(body, 1)
-    )
-    assert ask(questions(1), tmp_path / "log2", url) == {"q0": "re: question 0"}
-    assert len(bodies) == 2
+    assert not asked_there and len(bodies) == 1
 
 
 def test_a_key_does_not_travel_in_the_clear(tmp_path, monkeypatch):
@@ -258,30 +234,6 @@ def test_a_reply_that_never_ends_meets_the_deadline(serve, tmp_path, trouble):
     began = time.monotonic()
     assert ask(questions(1), tmp_path / "log", url, timeout=0.5) == {"q0": "re: question 0"}
     assert time.monotonic() - began < 4 and len(bodies) == 2
-
-
-def packed(content):
-    def send(handler):
-        handler.send_response(200)
-        handler.send_header("Content-Type", "application/json")
-        handler.send_header("Content-Encoding", "gzip")
-        handler.send_header("Content-Length", str(len(content)))
-        handler.end_headers()
-        handler.wfile.write(content)
-
-    return send
-
-
-def test_a_packed_reply_is_read_and_a_bomb_is_not_unpacked(serve, tmp_path):
-    good = gzip.compress(json.dumps(completion("packed")).encode())
-    url, _ = serve(lambda body, attempt: packed(good))
-    assert ask(questions(1), tmp_path / "log", url) == {"q0": "packed"}
-    bomb = gzip.compress(b" " * 400_000_000, 1)
-    url, _ = serve(lambda body, attempt: packed(bomb) if attempt == 0 else echo(body, 1))
-    tracemalloc.start()
-    assert ask(questions(1), tmp_path / "log2", url) == {"q0": "re: question 0"}
-    assert tracemalloc.get_traced_memory()[1] < 200_000_000
-    tracemalloc.stop()
 
 
 def odd(**changes):
