@@ -38,7 +38,7 @@ def test_a_slow_drip_meets_the_timeout(serve, tmp_path):
     url, bodies = serve(lambda body, attempt: drip if attempt == 0 else echo(body, attempt))
     began = time.monotonic()
     assert ask(questions(1), tmp_path / "log", url, timeout=0.5) == {"q0": "re: question 0"}
-    assert time.monotonic() - began < 4 and len(bodies) == 2
+    assert time.monotonic() - began < 8 and len(bodies) == 2
 
 
 def test_replies_with_a_wrong_id_or_model_still_belong_to_their_request(serve, tmp_path):
@@ -233,7 +233,7 @@ def test_a_reply_that_never_ends_meets_the_deadline(serve, tmp_path, trouble):
     url, bodies = serve(lambda body, attempt: trouble if attempt == 0 else echo(body, attempt))
     began = time.monotonic()
     assert ask(questions(1), tmp_path / "log", url, timeout=0.5) == {"q0": "re: question 0"}
-    assert time.monotonic() - began < 4 and len(bodies) == 2
+    assert time.monotonic() - began < 8 and len(bodies) == 2
 
 
 def odd(**changes):
