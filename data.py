@@ -23,6 +23,7 @@ import math
 import os
 import random
 import shlex
+import statistics
 import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -328,7 +329,7 @@ class Survey:
         self.prompts, self.args, self.pairs = prompts, args, Pairs()
         self.faults = defaultdict(list)  # kind of message: [(source, message)]
         self.usable_by = Counter()
-        self.figures = defaultdict(list)  # lengths and sizes
+        self.lengths = []  # in tokens
         self.notes = Counter()  # what was taken off, is not read, has one colour
         self.first, self.longest = None, None  # rows to show
         self.most_tokens = 0
@@ -338,8 +339,6 @@ class Survey:
         for name in IMAGES:
             if name in record:
                 image = image_of(record, name, 0, self.args.allow_outside)
-                self.figures["width, pixels"].append(image.width)
-                self.figures["height, pixels"].append(image.height)
                 if image.getcolors(maxcolors=1):  # None where there are more
                     self.notes[f"{name} of one colour"] += 1
         if self.prompts:
@@ -355,7 +354,7 @@ class Survey:
         most = max((OBJECTIVES[name].cells for name in able), key=len)
         rows = build_rows(record, self.prompts, most, max_length=math.inf)
         lengths = [row.longest() for row in rows]
-        self.figures["length, tokens"] += lengths
+        self.lengths += lengths
         if max(lengths) > self.most_tokens:
             self.most_tokens, self.longest = max(lengths), rows
         if max(lengths) > self.args.max_length:
@@ -380,10 +379,10 @@ class Survey:
         lines.append(f"{total:,} records, {self.bad():,} bad; usable by {counts}")
         lines += self.pairs.lines()
         lines += [f"{what}: {count:,} records" for what, count in self.notes.items()]
-        for name, values in self.figures.items():
-            values.sort()
-            middle = values[len(values) // 2]
-            lines.append(f"{name}: min {values[0]}, median {middle}, max {values[-1]}")
+        if self.lengths:
+            middle = statistics.median_low(self.lengths)
+            low, high = min(self.lengths), self.most_tokens
+            lines.append(f"length, tokens: min {low}, median {middle}, max {high}")
         if self.most_tokens > self.args.max_length:
             lines.append(f"--max-length {self.most_tokens} would take all records")
         return lines

@@ -30,6 +30,7 @@ from speed.sides import MEMORY, RECORDS, RUNGS, Rung, Side, TRLSide, prepare, st
 from speed.world import SIZES
 from support.cli import UserError, new_parser, run_command, within
 
+HAS_TRL = importlib.util.find_spec("trl") is not None
 EPOCHS = 4  # over which the cost of the cached reference is spread
 
 
@@ -89,7 +90,7 @@ def memories(size, rounds, device):
     """What the sides' steps add to the memory of a fresh process, MiB."""
     mib = {}
     for kind in MEMORY:
-        if "TRL" in kind and not importlib.util.find_spec("trl"):
+        if "TRL" in kind and not HAS_TRL:
             continue
         with tempfile.TemporaryDirectory() as folder:
             mib[kind] = measure.in_new_process(step_memory, kind, folder, size, device)
@@ -135,7 +136,7 @@ def main(argv=None):
     differences = []
     for name in args.only:
         print(f"{name} ...", file=sys.stderr)
-        if name == "trl" and not importlib.util.find_spec("trl"):
+        if name == "trl" and not HAS_TRL:
             print('left out; it needs: pip install "trl==1.16.*"', file=sys.stderr)
             continue
         rows, figures = PARTS[name](args.size, args.rounds, device)
