@@ -4,7 +4,7 @@
     python evaluate.py run --model M --adapter A --benchmark B --data DIR --out DIR
     python evaluate.py generate|judge|score|report ...  the same, step by step (--help)
     python evaluate.py page */answers.jsonl --data DIR  a page to look at what was answered
-    python evaluate.py fetch-help B --data DIR          what to download, what DIR lacks
+    python evaluate.py fetch-help B                     what to download
 
 Each benchmark is a folder of benchmarks/ that can be read alone. Here is what they share:
 
@@ -24,7 +24,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import BENCHMARKS, page, report, score, well_formed
-from benchmarks.answers import Answers, answer, names_of
+from benchmarks.answers import Answers, answer
 from benchmarks.common import HERE, Settings, made_of, read
 from benchmarks.judge import judge, judge_text
 from support.chat import ask_in_order, chat_message, digest
@@ -37,47 +37,35 @@ TINY = Path(__file__).resolve().parent / "tiny" / "built"
 
 
 def generate(args):
-    """answers.jsonl for the base model (with several adapters, or none) and for each adapter, all
-    from one load of the model; returns the files."""
+    """answers.jsonl of a model, or of an adapter on it; returns the file."""
     if args.server:
         return generate_on_server(args)
     from vlm.load import fingerprint, load_adapter, load_model  # torch: only where a model answers
     from vlm.prompts import prompts_for
 
-    for adapter in args.adapter:
-        if not Path(adapter, "adapter_config.json").is_file():
-            raise UserError(f"{adapter}: no PEFT adapter in there")
-    if args.row and len(args.adapter) > 1:
-        raise UserError("--row names one row: give one --adapter at a time")
+    if args.adapter and not Path(args.adapter, "adapter_config.json").is_file():
+        raise UserError(f"{args.adapter}: no PEFT adapter in there")
     questions, made = ask(args)
     if args.temperature > 0:
         made["batch_size"] = args.batch_size  # a batch is sampled together
-    base, processor = load_model(args.model)
-    prompts = prompts_for(base.config, processor, args.prompt_format, args.square)
-    base_hash = fingerprint(args.model)
-    files = []
-    rows = args.adapter if len(args.adapter) == 1 else [None, *args.adapter]
-    names = names_of([adapter or args.model for adapter in rows])
-    for adapter, name in zip(rows, names):
-        model = load_adapter(base, adapter) if adapter else base
-        made |= {
-            "name": name,
-            "model": args.model,
-            "model_hash": base_hash,
-            "adapter": adapter,
-            "adapter_hash": fingerprint(adapter) if adapter else None,
-            "prompt_format": prompts.form,
-            "square": args.square,
-        }
-        folder = Path(args.out, name) if len(args.adapter) > 1 else Path(args.out)
-        with Answers(folder, made, questions) as answers:
-            decoding = made["decoding"]
-            texts = answer(model, prompts, questions, answers.count, args.batch_size, **decoding)
-            answers.extend(texts, BENCHMARKS[args.benchmark].ANSWER)
-        if adapter:
-            base = model.unload()
-        files.append(answers.path)
-    return files
+    model, processor = load_model(args.model)
+    prompts = prompts_for(model.config, processor, args.prompt_format, args.square)
+    made |= {
+        "name": "-".join(Path(args.adapter or args.model).resolve().parts[-2:]),
+        "model": args.model,
+        "model_hash": fingerprint(args.model),
+        "adapter": args.adapter,
+        "adapter_hash": fingerprint(args.adapter) if args.adapter else None,
+        "prompt_format": prompts.form,
+        "square": args.square,
+    }
+    if args.adapter:
+        model = load_adapter(model, args.adapter)
+    with Answers(args.out, made, questions) as answers:
+        decoding = made["decoding"]
+        texts = answer(model, prompts, questions, answers.count, args.batch_size, **decoding)
+        answers.extend(texts, BENCHMARKS[args.benchmark].ANSWER)
+    return answers.path
 
 
 def generate_on_server(args):
@@ -105,7 +93,7 @@ def generate_on_server(args):
             **{"temperature": args.temperature, "max_tokens": args.max_new_tokens, **args.request},
         )
         answers.extend(texts, BENCHMARKS[args.benchmark].ANSWER)
-    return [answers.path]
+    return answers.path
 
 
 def ask(args):
@@ -156,15 +144,13 @@ def score_files(args, answers, judgements, out):
 
 def run(args):
     """generate, judge where a judge is given, score, report."""
-    results = []
-    for answers in generate(args):
-        judgements = None
-        if args.judge_url:
-            judge(args, answers.parent)
-            judgements = answers.with_name("judgements.jsonl")
-        results.append(answers.with_name("metrics.json"))
-        score_files(args, answers, judgements, results[-1])
-    report.write(results, args.out, args.paper)
+    answers, judgements = generate(args), None
+    if args.judge_url:
+        judge(args, answers.parent)
+        judgements = answers.with_name("judgements.jsonl")
+    result = answers.with_name("metrics.json")
+    score_files(args, answers, judgements, result)
+    report.write([result], args.out, args.paper)
 
 
 def show(args):
@@ -174,11 +160,8 @@ def show(args):
 
 
 def fetch_help(args):
-    """What to download from where and, of what is needed, what the folder lacks."""
+    """What to download from where, and how the folder looks then."""
     print((HERE / args.benchmark / "README.md").read_text(encoding="utf-8"))
-    for name in BENCHMARKS[args.benchmark].FILES if args.data else ():
-        there = Path(args.data, name).is_file() or Path(args.data, "data", name).is_file()
-        print(f"{'found  ' if there else 'MISSING'}  {name}")
 
 
 # --- command line ---------------------------------------------------------------------------------
@@ -194,7 +177,7 @@ def parse_args(argv=None):
     add("--data", help="the benchmark's files as downloaded (default: the bundled tiny set)")
     add("--allow-outside", action="store_true", help="permit image paths that leave --data")
     add("--model", help="model folder or hub name (default: the bundled tiny model)")
-    add("--adapter", nargs="*", default=[], help="PEFT folders; with several, also the base row")
+    add("--adapter", help="a PEFT folder, such as a checkpoint of train.py")
     add("--out", help="output folder; score: the metrics.json to write")
     add("--protocol", choices=("symmpo", "official"), default="symmpo")
     dimensions = "a g d de da dr".split()

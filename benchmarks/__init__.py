@@ -1,7 +1,7 @@
 """Hallucination benchmarks: a folder each, which can be read alone.
 
 NAME/NAME.py has the constants ITEMS (questions as published), ANSWER (the field of an answer),
-JUDGE ("none", "optional" or "needed"), FILES (what is needed), COLUMNS (of the report), and
+JUDGE ("none", "optional" or "needed"), COLUMNS (of the report), and
 
     questions(folder, settings) -> [Question]
     score(answers, folder, settings) -> (metrics, how texts were read)

@@ -68,17 +68,6 @@ def before_and_after(policy, prompts, folder):
         print(f"{name:20}" + "".join(f"{value:8.1f}" for value in values))
 
 
-def names_of(paths):
-    """A short name for each model or adapter, of as many last parts of its path as tell it from the
-    others."""
-    parts = [Path(path).resolve().parts for path in paths]
-    for last in range(2, max(len(own) for own in parts) + 1):
-        names = ["-".join(own[-last:]) for own in parts]
-        if len(set(names)) == len(names):
-            return names
-    raise UserError(f"--adapter: one folder is given twice: {', '.join(paths)}")
-
-
 def holds(line, record):
     """Is the line a JSON object with all that is in the record?"""
     try:

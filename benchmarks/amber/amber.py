@@ -28,7 +28,6 @@ from benchmarks.words import noun_reader, similarity
 from support.cli import UserError
 
 ITEMS, ANSWER, JUDGE = 15220, "response", "none"
-FILES = ("query/query_all.json", "annotations.json", "relation.json", "safe_words.txt")
 TSV = "AMBER*.tsv"  # VLMEvalKit's: the yes/no questions alone
 COLUMNS = {  # of the report: heading -> where it stands in the metrics
     "Acc↑": ("discriminative", "Accuracy"),

@@ -20,7 +20,6 @@ from benchmarks.common import Case, Question, need_fields, percent, question_abo
 from support.cli import UserError
 
 ITEMS, ANSWER, JUDGE = 1129, "model_prediction", "optional"
-FILES = ("HallusionBench.json",)
 COLUMNS = {"qAcc↑": ("qAcc",), "fAcc↑": ("fAcc",), "aAcc↑": ("aAcc",)}
 
 
@@ -40,7 +39,7 @@ class Place(NamedTuple):
 
 def questions(folder, settings):
     asked = []
-    for row in rows_of(folder, *FILES, "HallusionBench.tsv", "*.parquet"):
+    for row in rows_of(folder, "HallusionBench.json", "HallusionBench.tsv", "*.parquet"):
         if "l2-category" in row:
             row = row_of_tsv(row)
         if str(row["visual_input"]) == "0":

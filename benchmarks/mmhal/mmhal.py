@@ -18,8 +18,11 @@ from benchmarks.common import Case, find, percent, question_about, read
 from support.cli import UserError
 
 ITEMS, ANSWER, JUDGE = 96, "model_answer", "needed"
-FILES = ("mmhal-bench_with_image.jsonl",)
-OTHER_NAMES = ("response_template.json", "mmhal-bench_answer_template.json")
+FILES = (
+    "mmhal-bench_with_image.jsonl",
+    "response_template.json",
+    "mmhal-bench_answer_template.json",
+)
 COLUMNS = {"Score↑": ("score",), "Hall↓": ("hallucination_rate",)}
 
 # As judges write it: "Rating: 4", {"rating": 4}, "Rating (0-6): 4", "a rating of 4"
@@ -28,7 +31,7 @@ RATING = re.compile(r"rating(?: *\(0 *(?:-|–|to) *6\))?\W*(?:(?:is|of)\W*)?([0
 
 def questions(folder, settings):
     asked = []
-    for row in read(find(folder, *FILES, *OTHER_NAMES)):
+    for row in read(find(folder, *FILES)):
         row.pop(ANSWER, None)  # a template has an empty one
         given = row.get("image") or row.get("image_src")
         asked.append(question_about(row, row["question"], given, folder, "images", settings))

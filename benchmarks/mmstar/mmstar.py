@@ -26,8 +26,7 @@ from benchmarks.common import (
 from support.cli import UserError
 
 ITEMS, ANSWER, JUDGE = 1500, "prediction", "none"
-FILES = ("mmstar.parquet",)
-TABLES = ("mmstar.json*", "MMStar.tsv", "*.parquet")
+FILES = ("mmstar.json*", "MMStar.tsv", "*.parquet")
 COLUMNS = {"Overall↑": ("overall",)}
 SUFFIX = {  # what is asked behind a question
     "symmpo": "\nAnswer the question directly.",
@@ -37,7 +36,7 @@ SUFFIX = {  # what is asked behind a question
 
 def questions(folder, settings):
     asked = []
-    for row in rows_of(folder, *TABLES):
+    for row in rows_of(folder, *FILES):
         prompt = row["question"] + SUFFIX[settings.protocol]
         asked.append(question_about(row, prompt, row.get("image"), folder, "images", settings))
     return asked
@@ -79,7 +78,7 @@ def published_sizes(folder):
     """{part: questions}: of the question file that is there, else of the published one."""
     with contextlib.suppress(UserError):  # scoring needs no question file
         size = Counter()
-        for row in rows_of(folder, *TABLES):
+        for row in rows_of(folder, *FILES):
             size.update(parts_of(row))
         return size
     size = {"overall": ITEMS}

@@ -32,7 +32,6 @@ COCO = (
     "annotations/captions_train2014.json",
     "annotations/captions_val2014.json",
 )
-FILES = (QUESTIONS, *COCO)
 COLUMNS = {"Resp.↓": ("response_hallucination",), "Ment.↓": ("mention_hallucination",)}
 
 
