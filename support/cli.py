@@ -1,13 +1,10 @@
 """Command lines: one kind of error for the user's mistakes, and options from a dataclass."""
 
 import argparse
-import contextlib
 import dataclasses
 import math
 import re
-import signal
 import sys
-import threading
 
 
 class UserError(Exception):
@@ -42,26 +39,6 @@ def places(sources):
 def kind_of(message):
     """A message without what differs from record to record: numbers, paths, quoted text."""
     return re.sub(r"'[^']*'|\S*[\d/\\]\S*", "...", message)
-
-
-@contextlib.contextmanager
-def at_most(seconds, what):
-    """Ends what may never end, such as a regular expression of somebody else's. Only a main thread
-    can do that."""
-
-    def stop(number, frame):
-        raise UserError(f"{what} takes longer than {seconds} s")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def option(default, text, choices=None, above_0=False):

@@ -8,7 +8,7 @@ a turn.
 import re
 import sys
 
-from support.cli import UserError, at_most
+from support.cli import UserError
 
 VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant "
@@ -138,8 +138,7 @@ class Prompts:
 
     def _chat(self, turns, **options):
         try:
-            with at_most(20, "the model's chat template"):
-                return self.processor.apply_chat_template(turns, tokenize=False, **options)
+            return self.processor.apply_chat_template(turns, tokenize=False, **options)
         except Exception as error:  # a template is a program, and may raise anything
             raise UserError(
                 f"the model's chat template cannot be used (try --prompt-format vicuna): {error}"

@@ -17,7 +17,7 @@ import train
 from conftest import ROOT
 from construct import contrast, responses, review
 from support.checkpoint import RunFolder
-from support.cli import UserError, at_most
+from support.cli import UserError
 from support.formats import normalise
 from support.images import open_image
 from vlm.load import fingerprint, load_adapter, load_model
@@ -242,24 +242,6 @@ def test_an_adapter_that_does_not_fit_or_does_nothing_is_refused(job, llava, tmp
     load_adapter(load_model(str(llava))[0], whole)
 
 
-def test_a_pattern_that_never_ends_is_cut_off(job, llava, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("vlm.load.at_most", lambda seconds, what: at_most(1, what))
-    _, out, _ = job("whole")
-    [whole] = out.glob("checkpoint-*")
-    folder = tmp_path / "evil"
-    shutil.copytree(whole, folder)
-    config = json.loads((folder / "adapter_config.json").read_text())
-    config["target_modules"] = "(([a-z_]+)*[.0-9]*)*!"
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    began = time.monotonic()
-    with pytest.raises(UserError, match="regular expression, takes longer than 1 s"):
-        load_adapter(load_model(str(llava))[0], folder)
-    assert time.monotonic() - began < 20
-    with pytest.raises(UserError, match="a loop takes longer than 1 s"), at_most(1, "a loop"):
-        while True:
-            pass
-
-
 # --- files of the user's ----------------------------------------------------------------------
 
 
@@ -395,15 +377,10 @@ def test_errors_of_processor_and_template_are_the_records(prefs, llava):
     for template in (
         "{{ messages[7].content }}",
         "{{ raise_exception('only one turn') }}",
-        "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}",
     ):
         prompts = Prompts(processor, "vicuna")
         prompts.form, processor.chat_template = "chat", template
         record = Records(prefs)[2]
-        if "range" in template:
-            with pytest.raises(UserError, match="takes longer"), at_most(2, "the template"):
-                processor.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
-            continue
         with pytest.raises(UserError, match="prefs.jsonl:3: .*template"):
             build_rows(record, prompts, [(0, 0)])
 
