@@ -10,7 +10,7 @@ from benchmarks import BENCHMARKS, score
 from benchmarks.common import Settings, read
 from support.cli import UserError
 from support.files import drop_torn_line, lock, write_json
-from support.images import open_image
+from support.images import open_images
 
 
 def answer(model, prompts, questions, first=0, batch_size=16, seed=0, **decoding):
@@ -25,7 +25,7 @@ def answer(model, prompts, questions, first=0, batch_size=16, seed=0, **decoding
         if start + len(batch) > first:
             images = None
             if batch[0].image is not None:
-                images = [open_image(question.image) for question in batch]
+                images = open_images([question.image for question in batch])
             texts = [question.prompt for question in batch]
             torch.manual_seed(seed + start)
             answers = generate(model, prompts, texts, images, **decoding)
