@@ -48,7 +48,12 @@ def questions(folder, settings):
         if wanted.isdisjoint(PARTS["of_type"][notes[row["id"] - 1]["type"]]):
             continue
         asked.append(question_about(row, row["query"], row["image"], folder, "image", settings))
-    return asked
+
+    def captions_then_images(question):
+        note = notes[question.record["id"] - 1]
+        return note["type"] != "generative", question.image
+
+    return sorted(asked, key=captions_then_images)  # an image's yes/no questions: read together
 
 
 def score(answers, folder, settings):
