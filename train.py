@@ -34,7 +34,7 @@ from support.reference import ReferenceCache
 from support.signals import StopRequest
 from vlm.exact import need_packable, need_same
 from vlm.generate import generate
-from vlm.load import add_lora, config_hash, fingerprint, load_model, mixed_precision
+from vlm.load import adapter_off, add_lora, config_hash, fingerprint, load_model, mixed_precision
 from vlm.logprobs import add_image_features, logp_table, response_lengths
 from vlm.prompts import Prompts, prompts_for
 
@@ -233,7 +233,7 @@ def reference_table(run, rows, keys, use_cache=True):
         tables = {key: run.cache.get(key) for key in keys}
     new = [row for row in rows if tables.get(keys[row.record]) is None]
     if new:
-        with torch.no_grad(), run.policy.disable_adapter():
+        with torch.no_grad(), adapter_off(run.policy):
             computed = policy_table(run, new, len(keys)).cpu()  # (3, 3, records)
         for record in {row.record for row in new}:
             tables[keys[record]] = computed[:, :, record]
@@ -297,7 +297,7 @@ def verify(run, example, start):
     if run.options.no_share_prefix:
         return
     apart = dataclasses.replace(run, options=dataclasses.replace(run.options, no_share_prefix=True))
-    with torch.no_grad(), run.policy.disable_adapter():  # its dropout is not what this is about
+    with torch.no_grad(), adapter_off(run.policy):  # its dropout is not what this is about
         shared, plain = policy_table(run, rows, 1), policy_table(apart, rows, 1)
     what = "with a shared prefix and without it, log-probs"
     off = need_same(shared, plain, rows, run.options.dtype, what)

@@ -10,7 +10,7 @@ from benchmarks import BENCHMARKS, score
 from benchmarks.common import Settings, read
 from support.cli import UserError
 from support.files import drop_torn_line, lock, write_json
-from support.images import open_image
+from support.images import open_images
 
 
 def answer(model, prompts, questions, first=0, batch_size=16, seed=0, **decoding):
@@ -25,7 +25,7 @@ def answer(model, prompts, questions, first=0, batch_size=16, seed=0, **decoding
         if start + len(batch) > first:
             images = None
             if batch[0].image is not None:
-                images = [open_image(question.image) for question in batch]
+                images = open_images([question.image for question in batch])
             texts = [question.prompt for question in batch]
             torch.manual_seed(seed + start)
             answers = generate(model, prompts, texts, images, **decoding)
@@ -35,13 +35,21 @@ def answer(model, prompts, questions, first=0, batch_size=16, seed=0, **decoding
 
 
 def batches(questions, size):
-    """(number of its first question, questions): all with an image, or all without."""
-    start = 0
-    for _, alike in groupby(questions, key=lambda question: question.image is not None):
-        alike = list(alike)
-        for k in range(0, len(alike), size):
-            yield start + k, alike[k : k + size]
-        start += len(alike)
+    """(number of its first question, questions): all with an image, or all without. An image's
+    questions are in one batch if they fit into one."""
+    start, batch = 0, []
+    for image, group in groupby(questions, key=lambda question: question.image):
+        group = list(group)
+        alike = batch and (batch[0].image is None) == (image is None)
+        if batch and not (alike and len(batch) + len(group) <= size):
+            yield start, batch
+            start, batch = start + len(batch), []
+        batch += group
+        while len(batch) > size:
+            yield start, batch[:size]
+            start, batch = start + size, batch[size:]
+    if batch:
+        yield start, batch
 
 
 def measure(model, prompts, folder, benchmark="amber", settings=None, **decoding):

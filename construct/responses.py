@@ -33,7 +33,7 @@ from data import RESPONSES
 from support.chat import ReplyLog, ask_all, chat_message, digest
 from support.cli import UserError, new_parser, run_command, within
 from support.files import write_lines
-from support.images import open_image
+from support.images import open_image, open_images
 from support.records import Records, add_data_options, need_other, with_files
 from vlm.generate import generate
 from vlm.load import fingerprint, load_model
@@ -243,7 +243,7 @@ def answer_locally(requests, log, path, temperature, max_tokens, batch=8):
             names = [digest(id, weights, temperature, max_tokens) for id in here]
             if not all(kept.entries[name] for name in names):
                 questions = [requests[id] for id in here]
-                images = [open_image(question.file) for question in questions]
+                images = open_images([question.file for question in questions])
                 asked = [question.text for question in questions]
                 torch.manual_seed(int(names[0], 16) % 2**63)
                 texts = generate(model, prompts, asked, images, max_tokens, temperature=temperature)

@@ -34,6 +34,12 @@ def need_inside(path, root, allow_outside):
         )
 
 
+def open_images(sources):
+    """The images of some sources; those of one source are one object."""
+    opened = {source: open_image(source) for source in set(sources)}
+    return [opened[source] for source in sources]
+
+
 def open_image(source, root=".", allow_outside=True):
     """An RGB image, upright (EXIF), from a path relative to root, bytes, base64 text, or {"bytes",
     "path"} as Parquet has it. Palette, CMYK, transparent, 16-bit and animated (first frame) files

@@ -836,7 +836,7 @@ def test_generating_through_a_server_keeps_the_order(serve, amber, tmp_path):
     ]
     run(*command)
     answers = read(tmp_path / "out/answers.jsonl")
-    assert [row["id"] for row in answers] == list(range(1, 9))
+    assert [row["id"] for row in answers] == [1, 2, 3, 6, 4, 7, 5, 8]  # captions, then by image
     assert all(row["response"] == row["query"] for row in answers)
     assert bodies[0]["temperature"] == 0 and bodies[0]["max_tokens"] == 1024
     run(*command)

@@ -1,6 +1,7 @@
 """What is refused before a run: decoders whose prefix cannot be shared, tables that differ."""
 
 import copy
+import functools
 import json
 
 import pytest
@@ -11,7 +12,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from families import PACKED, PLAIN, TEXT, VISION, tiny_model, tiny_rows
 from support.cli import UserError
 from vlm.exact import need_packable, need_same
-from vlm.load import OUTSIDE_THE_DECODER, add_lora, load_processor
+from vlm.load import OUTSIDE_THE_DECODER, adapter_off, add_lora, load_processor
 from vlm.logprobs import Row, decoder, logp_table
 
 LONG = 64  # tokens; the windows below are 4
@@ -164,3 +165,9 @@ def test_experts_are_adapted():
     with torch.no_grad(), policy.disable_adapter():
         again = logp_table(policy, rows, 1)
     need_same(reference, again, rows, "float32", "the adapter off")
+    same = functools.partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
+    with torch.no_grad(), adapter_off(policy):
+        same(logp_table(policy, rows, 1), again)  # as PEFT's way, to the bit
+    with pytest.raises(ZeroDivisionError), adapter_off(policy):
+        raise ZeroDivisionError
+    same(logp_table(policy, rows, 1), table)  # and on again, even after an error

@@ -1,5 +1,7 @@
 """When two ways to compute log-probabilities are the same: what is refused before a run."""
 
+import math
+
 from support.cli import UserError
 from vlm.logprobs import base_model
 
@@ -13,6 +15,16 @@ def need_packable(model, longest):
     """Refuse a model for which sharing the prefix is not exact, in sequences of up to `longest`
     tokens. What no configuration tells is found by train.py, which compares both ways at the start.
     """
+    reason = not_packable(model, longest)
+    if reason:
+        raise UserError(
+            f"{model.name_or_path}: sharing the prefix is not exact for {reason}; add "
+            "--no-share-prefix"
+        )
+
+
+def not_packable(model, longest=math.inf):
+    """Why sharing the prefix is not exact in sequences of up to `longest` tokens, or None."""
     config = base_model(model).config
     text, reason = config.get_text_config(), None
     layers = set(getattr(text, "layer_types", None) or ["sliding_attention"])
@@ -23,11 +35,7 @@ def need_packable(model, longest):
         reason = f"layers of {', '.join(sorted(layers - {'full_attention'}))}"
     if config.model_type not in PACKABLE:
         reason = f"{config.model_type} models"
-    if reason:
-        raise UserError(
-            f"{model.name_or_path}: sharing the prefix is not exact for {reason}; add "
-            "--no-share-prefix"
-        )
+    return reason
 
 
 def need_same(one, other, rows, dtype, what):

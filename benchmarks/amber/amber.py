@@ -51,7 +51,11 @@ def questions(folder, settings):
             row = {"id": int(row["index"]), "query": row["question"], "image": row["image"]}
         if not wanted.isdisjoint(PARTS["of_type"][notes[row["id"]]["type"]]):
             asked.append(question_about(row, row["query"], row["image"], folder, "image", settings))
-    return asked
+
+    def captions_then_images(question):
+        return notes[question.record["id"]]["type"] != "generative", question.image
+
+    return sorted(asked, key=captions_then_images)  # an image's yes/no questions: read together
 
 
 def notes_of(folder):
