@@ -49,21 +49,12 @@ def weights_in(folder, stem="model"):
     for pattern in patterns:
         files = sorted(Path(folder).glob(pattern))
         if files:
-            return {name: file for file in files for name in names_in(file)}
+            return {name: file for file in files for name in tensors_in(file)}
     raise UserError(f"{folder}: no weights in there ({', '.join(patterns)})")
 
 
-def names_in(file):
-    from safetensors import safe_open
-
-    if file.suffix == ".bin":
-        return list(tensors_in(file))
-    with named(f"{file}: cannot be read"), safe_open(file, "pt") as opened:
-        return list(opened.keys())
-
-
 def tensors_in(file):
-    """{name: tensor}, read when they are used. Pickled code is refused."""
+    """{name: tensor}; what they hold is read when it is used. Pickled code is refused."""
     from safetensors.torch import load_file
 
     with named(f"{file}: cannot be read"):
@@ -86,7 +77,7 @@ def places_of(args, config):
             places[name] = (file, name)
     beside = Path(args.lora or "", "non_lora_trainables.bin")
     if args.lora and beside.is_file():
-        for name in names_in(beside):
+        for name in tensors_in(beside):
             places[name.removeprefix("base_model.model.")] = (beside, name)
     return places
 
@@ -103,29 +94,28 @@ def renamed(name):
 # --- LoRA -----------------------------------------------------------------------------------------
 
 
-class Lora:
-    """An adapter of PEFT on the original names: W + scale B A. Without a folder, W."""
+def read_lora(folder):
+    """({original name: tensor}, scale) of an adapter of PEFT; nothing without a folder."""
+    if folder is None:
+        return {}, 0.0
+    made, tensors = read_json(Path(folder, "adapter_config.json")), {}
+    for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"):
+        if made.get(name):
+            raise UserError(f"{folder}: {name} is not understood")
+    for file in sorted(set(weights_in(folder, "adapter_model").values())):
+        for name, tensor in tensors_in(file).items():
+            tensors[name.removeprefix("base_model.model.")] = tensor
+    return tensors, made["lora_alpha"] / made["r"]
 
-    def __init__(self, folder):
-        self.tensors, self.scale = {}, 0.0
-        if folder is None:
-            return
-        made = read_json(Path(folder, "adapter_config.json"))
-        for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"):
-            if made.get(name):
-                raise UserError(f"{folder}: {name} is not understood")
-        for file in sorted(set(weights_in(folder, "adapter_model").values())):
-            for name, tensor in tensors_in(file).items():
-                self.tensors[name.removeprefix("base_model.model.")] = tensor
-        self.scale = made["lora_alpha"] / made["r"]
 
-    def merged(self, name, weight):
-        module = name.removesuffix(".weight")
-        if f"{module}.lora_A.weight" not in self.tensors:
-            return weight
-        down = self.tensors[f"{module}.lora_A.weight"]  # (rank, in)
-        up = self.tensors[f"{module}.lora_B.weight"]  # (out, rank)
-        return weight.float() + self.scale * (up.float() @ down.float())
+def with_lora(weight, name, lora):
+    """W + scale B A"""
+    (tensors, scale), module = lora, name.removesuffix(".weight")
+    if f"{module}.lora_A.weight" not in tensors:
+        return weight
+    down = tensors[f"{module}.lora_A.weight"]  # (rank, in)
+    up = tensors[f"{module}.lora_B.weight"]  # (out, rank)
+    return weight.float() + scale * (up.float() @ down.float())
 
 
 # --- what stands beside the weights ---------------------------------------------------------------
@@ -249,8 +239,8 @@ def convert(args):
     made = model_config(args, config, length)
     places = places_of(args, config)
     shapes = shapes_of(made)
-    lora = Lora(args.lora)
-    need_all(shapes, places, lora)
+    lora = read_lora(args.lora)
+    need_all(shapes, places, lora[0])
 
     Path(args.out).mkdir(parents=True, exist_ok=True)
     with lock(args.out):
@@ -262,7 +252,7 @@ def convert(args):
             inside = {name: own for name, (place, own) in places.items() if place == file}
             if not out.exists():
                 write_weights(out, converted(file, inside, shapes, lora, made.original_vocabulary))
-            index |= dict.fromkeys(names_in(out), out.name)
+            index |= dict.fromkeys(tensors_in(out), out.name)
             print(f"{number} of {len(files)}: {file} -> {out.name}", flush=True)
         contents = {"metadata": {}, "weight_map": index}
         write_json(Path(args.out, "model.safetensors.index.json"), contents)
@@ -282,9 +272,9 @@ def shapes_of(made):
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
-def need_all(shapes, places, lora):
+def need_all(shapes, places, adapter):
     """Every weight of the files has its place in the model, and every place its weight."""
-    for name in lora.tensors:
+    for name in adapter:
         if re.sub(r"lora_[AB]\.", "", name) not in places:
             raise UserError(f"{name}: the adapter is not for this model")
     found = {renamed(name) for name in places} - {None}
@@ -310,7 +300,7 @@ def converted(file, inside, shapes, lora, rows):
         name = renamed(original)
         if name is None:
             continue
-        tensor = lora.merged(original, tensors[own])
+        tensor = with_lora(tensors[own], original, lora)
         if original in ("model.embed_tokens.weight", "lm_head.weight"):
             tensor = with_image_row(tensor[:rows], shapes[name][0])
         if tensor.shape != shapes[name]:
