@@ -19,7 +19,8 @@ image tokens, for LLaVA). `packed_logps` runs the prefix once and puts all respo
         y_l           #            \\
         y'_w          #                  \\
 
-Exact for models with plain causal attention and one position per token (see exact.py).
+It is computed in segments (attention.py), or with the picture as a mask: the tests' oracle. Exact
+for models with plain causal attention and one position per token (see exact.py).
 """
 
 import math
