@@ -216,7 +216,7 @@ def policy_table(run, rows, records):
     # On a GPU the adapters (fp32) run in bf16, and rows are packed into one sequence until it is
     # long enough to be worth a forward pass; on a CPU that gains nothing.
     on_cuda = options.device != "cpu"
-    tokens_per_forward = 2048 if on_cuda else 0
+    tokens_per_forward = 4096 if on_cuda else 0
     mixed = on_cuda and options.dtype == "bfloat16"
     with mixed_precision(run.policy, mixed, options.grad_checkpointing):
         packed = not options.no_share_prefix
