@@ -113,11 +113,6 @@ def find(folder, *names):
     raise missing(folder, names)
 
 
-def word_list(benchmark, name):
-    """The path of one of the committed word lists."""
-    return HERE / benchmark / name
-
-
 # --- images ---------------------------------------------------------------------------------------
 
 

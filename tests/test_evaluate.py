@@ -456,7 +456,7 @@ def test_words_that_amber_has_in_the_plural_only_are_never_found(tmp_path, word)
     ],
 )
 def test_lemmas_are_those_of_wordnet(table, form, lemma):
-    lemmas = read(benchmarks.common.word_list(table, "lemma_table.json"))
+    lemmas = read(benchmarks.common.HERE / table / "lemma_table.json")
     assert lemmas.get(form, form) == (lemma or form)
 
 
@@ -473,7 +473,7 @@ def test_lemmas_are_those_of_wordnet(table, form, lemma):
     ],
 )
 def test_lemmas_of_phrases_are_those_of_spacy(form, lemma):
-    lemmas = read(benchmarks.common.word_list("objhal", "spacy_noun_lemma_table.json"))
+    lemmas = read(benchmarks.common.HERE / "objhal" / "spacy_noun_lemma_table.json")
     assert lemmas[form] == lemma
 
 

@@ -15,13 +15,13 @@ import re
 from collections import Counter
 
 from benchmarks.common import (
+    HERE,
     Case,
     need_fields,
     percent,
     question_about,
     read,
     rows_of,
-    word_list,
 )
 from support.cli import UserError
 
@@ -82,7 +82,7 @@ def published_sizes(folder):
             size.update(parts_of(row))
         return size
     size = {"overall": ITEMS}
-    for category, inside in read(word_list("mmstar", "categories.json")).items():
+    for category, inside in read(HERE / "mmstar/categories.json").items():
         size[category] = 250
         for name in inside:
             size[f"{category}({name})"] = None  # not needed, see `score`
