@@ -33,7 +33,7 @@ class Settings:
 
     protocol: str = "symmpo"  # the paper's lenient reading, or "official"
     dimension: str = "a"  # AMBER: a all, g captions, d yes/no, de, da, dr its parts
-    judgements: list | None = None  # raw texts in answer order
+    judgements: list | None = None  # texts or chat completions in answer order
     similar: list | None = None  # AMBER: pairs of words that mean the same
     allow_outside: bool = False  # may images leave the benchmark's folder?
     cases: list = field(default_factory=list)  # filled by `score`: a Case for each answer
@@ -177,6 +177,15 @@ def need_fields(answers, kinds):
         for name, kind in kinds.items():
             if not isinstance(answer, dict) or not isinstance(answer.get(name), kind):
                 raise UserError(f"answer {number}: the field {name} is missing or of a wrong type")
+
+
+def reply_text(reply):
+    """The text of a judge's reply: itself, a line of judgements.jsonl, or a chat completion."""
+    if isinstance(reply, dict) and "text" in reply:
+        reply = reply["text"]
+    elif isinstance(reply, dict):
+        reply = reply["choices"][0]["message"]["content"]
+    return reply or ""
 
 
 def plain(reply):

@@ -333,7 +333,7 @@ def test_objhal_judge_mode(objhal):
 
 def test_judgements_may_be_chat_completions():
     wrapped = [{"choices": [{"message": {"content": "Rating: 4"}}]}] * 96
-    assert metrics("mmhal", [{}] * 96, ".", [evaluate.judge_text(r) for r in wrapped])["score"] == 4
+    assert metrics("mmhal", [{}] * 96, ".", wrapped)["score"] == 4
 
 
 @pytest.mark.parametrize(
@@ -694,7 +694,7 @@ def test_an_adapter_is_a_row_beside_its_base(llava, adapter, amber, tmp_path, ca
     assert "- amber, max_new_tokens: ours 5, published 1024" in table
     with pytest.raises(SystemExit):
         run(*command, "--adapter", tmp_path)
-    assert "no PEFT adapter" in capsys.readouterr().err
+    assert "the adapter cannot be loaded" in capsys.readouterr().err
 
 
 def test_resuming_without_a_progress_bar(loaded, amber, monkeypatch):
