@@ -680,7 +680,7 @@ def test_an_adapter_is_a_row_beside_its_base(llava, adapter, amber, tmp_path, ca
     run(*command, *short, "--out", tmp_path / "base")
     run(*command, *short, "--out", tmp_path / "tuned", "--adapter", adapter)
     files = [tmp_path / name / "metrics.json" for name in ("base", "tuned")]
-    run("report", *files, "--out", tmp_path, "--paper", "7b", "--differences")
+    run("report", *files, "--out", tmp_path, "--paper", "7b")
     base, tuned = (read(file.with_name("answers.jsonl")) for file in files)
     assert len(base) == len(tuned) == 4 and base != tuned
     assert read(files[1])["adapter_hash"] and read(files[1])["model_hash"]
@@ -688,8 +688,14 @@ def test_an_adapter_is_a_row_beside_its_base(llava, adapter, amber, tmp_path, ca
     for folder in (llava, adapter):
         assert f"| {'-'.join(folder.parts[-2:])} (!) |" in table  # cut at five tokens
     assert "| SymMPO paper: + SymMPO | 82.6 | 87.7 |" in table
+    with pytest.raises(SystemExit):
+        run("report", *files, "--out", tmp_path, "--paper", "7b", "--differences")
+    assert "--differences: for one model" in capsys.readouterr().err
+    run("report", files[0], "--out", tmp_path, "--paper", "7b", "--differences")
+    table = (tmp_path / "report.md").read_text()
     ours = read(files[0])["metrics"]["discriminative"]["Accuracy"]
-    assert f"| amber Acc↑ | {ours:.4g} | 71.8 ({ours - 71.8:+.4g})" in table
+    assert f"| SymMPO paper: LLaVA-1.5 | 71.8 ({ours - 71.8:+.4g})" in table
+    assert f"| {ours:.4g} |" in table
     assert "- amber, beams: ours 1, published 3" in table
     assert "- amber, max_new_tokens: ours 5, published 1024" in table
     with pytest.raises(SystemExit):
