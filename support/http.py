@@ -8,7 +8,6 @@ time from the request to the last byte of its reply.
 import asyncio
 import ipaddress
 import os
-import socket
 from urllib.parse import quote, unquote, urlsplit
 
 import httpx2
@@ -71,11 +70,9 @@ def key_for(url, name):
 def is_public(host):
     """Is the host anywhere but on this machine or in a private network?"""
     try:
-        found = socket.getaddrinfo(host, None)
-    except OSError:
+        return ipaddress.ip_address(host).is_global
+    except ValueError:
         return "." in host and not host.endswith(AT_HOME)
-    addresses = [ipaddress.ip_address(entry[4][0].partition("%")[0]) for entry in found]
-    return any(address.is_global for address in addresses)
 
 
 def shown(url):
