@@ -8,9 +8,9 @@ JUDGE ("none", "optional" or "needed"), COLUMNS (of the report), and
                       and, into settings.cases, what was read in each answer, for the page
     is_clear(text)    where answers have a form: has this one?
 
-and, if JUDGE is not "none", judge_messages(prompt, row) and check_reply(text), which returns a
-judgement as it is scored; beside it stand README.md (source, licence, how to get it, departures),
-word lists and the judge's prompt.
+and, if JUDGE is not "none", check_reply(text), which returns a judgement as it is scored, and
+judge_messages(prompt, row) where it is not the filled-in prompt, as a user's message; beside it
+stand README.md (source, licence, how to get it, departures), word lists and the judge's prompt.
 Another benchmark is another folder, and its name here.
 """
 

@@ -16,10 +16,10 @@ def judge(args):
     benchmark, folder = BENCHMARKS[args.benchmark], Path(args.out)
     answers = read(folder / "answers.jsonl")
     prompt = Template((HERE / args.benchmark / "judge.txt").read_text(encoding="utf-8"))
-    asked = {}
+    messages_of, asked = getattr(benchmark, "judge_messages", user_message), {}
     for number, row in enumerate(answers):
         try:
-            messages = benchmark.judge_messages(prompt, row)
+            messages = messages_of(prompt, row)
         except KeyError as error:
             raise UserError(f"{folder}/answers.jsonl: the judge needs the field {error}") from error
         if messages is not None:
@@ -42,3 +42,7 @@ def judge(args):
             text = benchmark.check_reply(text)
         lines.append({"text": text, "model": args.judge_model})
     write_lines(folder / "judgements.jsonl", lines)
+
+
+def user_message(prompt, row):
+    return [{"role": "user", "content": prompt.substitute(row)}]

@@ -50,7 +50,7 @@ def questions(folder, settings):
         if "query" not in row:
             row = {"id": int(row["index"]), "query": row["question"], "image": row["image"]}
         if not wanted.isdisjoint(PARTS["of_type"][notes[row["id"]]["type"]]):
-            asked.append(question_about(row, row["query"], row["image"], folder, "image", settings))
+            asked.append(question_about(row, folder, "image", settings, row["query"]))
 
     def captions_then_images(question):
         return notes[question.record["id"]]["type"] != "generative", question.image

@@ -36,11 +36,8 @@ COLUMNS = {"Resp.↓": ("response_hallucination",), "Ment.↓": ("mention_halluc
 
 
 def questions(folder, settings):
-    asked = []
-    for row in read(find(folder, QUESTIONS)):
-        about = row["question"], row.get("image")
-        asked.append(question_about(row, *about, folder, "images", settings))
-    return asked
+    rows = read(find(folder, QUESTIONS))
+    return [question_about(row, folder, "images", settings) for row in rows]
 
 
 # --- the judge ------------------------------------------------------------------------------------
