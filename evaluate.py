@@ -26,7 +26,7 @@ from pathlib import Path
 from benchmarks import BENCHMARKS, page, report, score, well_formed
 from benchmarks.answers import Answers, answer
 from benchmarks.common import HERE, Settings, made_of, read
-from benchmarks.judge import judge, judge_text
+from benchmarks.judge import judge
 from support.chat import ask_in_order, chat_message, digest
 from support.cli import UserError, new_parser, run_command, within
 from support.files import write_json
@@ -43,13 +43,13 @@ def generate(args):
     from vlm.load import fingerprint, load_adapter, load_model  # torch: only where a model answers
     from vlm.prompts import prompts_for
 
-    if args.adapter and not Path(args.adapter, "adapter_config.json").is_file():
-        raise UserError(f"{args.adapter}: no PEFT adapter in there")
     questions, made = ask(args)
     if args.temperature > 0:
         made["batch_size"] = args.batch_size  # a batch is sampled together
     model, processor = load_model(args.model)
     prompts = prompts_for(model.config, processor, args.prompt_format, args.square)
+    if args.adapter:
+        model = load_adapter(model, args.adapter)
     made |= {
         "name": "-".join(Path(args.adapter or args.model).resolve().parts[-2:]),
         "model": args.model,
@@ -59,13 +59,9 @@ def generate(args):
         "prompt_format": prompts.form,
         "square": args.square,
     }
-    if args.adapter:
-        model = load_adapter(model, args.adapter)
-    with Answers(args.out, made, questions) as answers:
-        decoding = made["decoding"]
-        texts = answer(model, prompts, questions, answers.count, args.batch_size, **decoding)
-        answers.extend(texts, BENCHMARKS[args.benchmark].ANSWER)
-    return answers.path
+    answers, decoding = Answers(args.out, made, questions), made["decoding"]
+    texts = answer(model, prompts, questions, answers.count, args.batch_size, **decoding)
+    return answers.extend(texts, BENCHMARKS[args.benchmark].ANSWER)
 
 
 def generate_on_server(args):
@@ -77,23 +73,20 @@ def generate_on_server(args):
     questions, made = ask(args)
     made |= {"name": args.model, "model": args.model, "request": args.request}
     made["server"] = shown(args.server)
-    with Answers(args.out, made, questions) as answers:
-        requests = []
-        for number in range(answers.count, len(questions)):
-            asked = questions[number]
-            late = functools.partial(chat_message, asked.prompt, asked.image)
-            requests.append((number, late))
-        texts = ask_in_order(
-            requests,
-            answers.path.with_name(f"replies-{made['questions'][:8]}.jsonl"),
-            base_url=args.server,
-            model=args.model,
-            desc="answering",
-            give_up=args.give_up,
-            **{"temperature": args.temperature, "max_tokens": args.max_new_tokens, **args.request},
-        )
-        answers.extend(texts, BENCHMARKS[args.benchmark].ANSWER)
-    return answers.path
+    answers, requests = Answers(args.out, made, questions), []
+    for number, asked in enumerate(questions):
+        late = functools.partial(chat_message, asked.prompt, asked.image)
+        requests.append((number, late))
+    texts = ask_in_order(
+        requests[answers.count :],
+        answers.path.with_name(f"replies-{made['questions'][:8]}.jsonl"),
+        base_url=args.server,
+        model=args.model,
+        desc="answering",
+        give_up=args.give_up,
+        **{"temperature": args.temperature, "max_tokens": args.max_new_tokens, **args.request},
+    )
+    return answers.extend(texts, BENCHMARKS[args.benchmark].ANSWER)
 
 
 def ask(args):
@@ -125,36 +118,36 @@ def settings_of(args, judgements=None):
 # --- judge, score, report -------------------------------------------------------------------------
 
 
-def score_files(args, answers, judgements, out):
+def score_files(args):
     """metrics.json: the score and, from beside the answers, how they were made."""
-    result = made_of(answers)
-    replies, model = None, None
-    if judgements:
-        raw = read(judgements)
-        replies = [judge_text(reply) for reply in raw]
-        if raw and isinstance(raw[0], dict):
-            model = raw[0].get("model")
-    result |= score(args.benchmark, read(answers), args.data, settings_of(args, replies))
+    replies = read(args.judgements) if args.judgements else None
+    result = made_of(args.answers)
+    result |= score(args.benchmark, read(args.answers), args.data, settings_of(args, replies))
     if result["doubtful"]:
-        print(f"note: {result['doubts']} of {result['n']}; look at {answers}", file=sys.stderr)
-    result["judge"] = model
+        text = f"note: {result['doubts']} of {result['n']}; look at {args.answers}"
+        print(text, file=sys.stderr)
+    judged = replies and isinstance(replies[0], dict)
+    result["judge"] = replies[0].get("model") if judged else None
     result["date"] = datetime.date.today().isoformat()
-    write_json(out, result)
+    write_json(args.out, result)
 
 
 def run(args):
     """generate, judge where a judge is given, score, report."""
-    answers, judgements = generate(args), None
+    folder, args.answers = args.out, generate(args)
     if args.judge_url:
-        judge(args, answers.parent)
-        judgements = answers.with_name("judgements.jsonl")
-    result = answers.with_name("metrics.json")
-    score_files(args, answers, judgements, result)
-    report.write([result], args.out, args.paper)
+        judge(args)
+        args.judgements = Path(folder, "judgements.jsonl")
+    args.out = Path(folder, "metrics.json")
+    score_files(args)
+    report.write([args.out], folder, args.paper)
 
 
-def show(args):
-    """A page of what was answered, as it was read."""
+def show_report(args):
+    report.write(args.names or ["metrics.json"], args.out, args.paper, args.differences)
+
+
+def show_page(args):
     files = args.names or [args.answers]
     page.write(files, args.data, settings_of(args), args.out, args.limit)
 
@@ -164,13 +157,23 @@ def fetch_help(args):
     print((HERE / args.benchmark / "README.md").read_text(encoding="utf-8"))
 
 
+COMMANDS = {
+    "run": run,
+    "generate": generate,
+    "judge": judge,
+    "score": score_files,
+    "report": show_report,
+    "page": show_page,
+    "fetch-help": fetch_help,
+}
+
 # --- command line ---------------------------------------------------------------------------------
 
 
 def parse_args(argv=None):
     parser = new_parser(__doc__)
     add = parser.add_argument
-    add("command", choices="run generate judge score report page fetch-help".split())
+    add("command", choices=COMMANDS)
     add("names", nargs="*", help="report: metrics.json files; page: answers; fetch-help: B")
     text = "page tells it by the answers"
     add("--benchmark", choices=sorted(BENCHMARKS), default="amber", help=text)
@@ -230,22 +233,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    commands = {
-        "run": (run, args),
-        "generate": (generate, args),
-        "judge": (judge, args, Path(args.out)),
-        "score": (score_files, args, args.answers, args.judgements, args.out),
-        "report": (
-            report.write,
-            args.names or ["metrics.json"],
-            args.out,
-            args.paper,
-            args.differences,
-        ),
-        "page": (show, args),
-        "fetch-help": (fetch_help, args),
-    }
-    run_command(*commands[args.command])
+    run_command(COMMANDS[args.command], args)
 
 
 if __name__ == "__main__":

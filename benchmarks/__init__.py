@@ -8,17 +8,18 @@ JUDGE ("none", "optional" or "needed"), COLUMNS (of the report), and
                       and, into settings.cases, what was read in each answer, for the page
     is_clear(text)    where answers have a form: has this one?
 
-and, if JUDGE is not "none", judge_messages(prompt, row) and check_reply(text), which returns a
-judgement as it is scored; beside it stand README.md (source, licence, how to get it, departures),
-word lists and the judge's prompt.
+and, if JUDGE is not "none", check_reply(text), which returns a judgement as it is scored, and
+judge_messages(prompt, row) where it is not the filled-in prompt, as a user's message; beside it
+stand README.md (source, licence, how to get it, departures), word lists and the judge's prompt.
 Another benchmark is another folder, and its name here.
 """
 
 import contextlib
 import importlib
 from collections import Counter
+from dataclasses import replace
 
-from benchmarks.common import Settings, need_answers, plain
+from benchmarks.common import Settings, need_answers, plain, reply_text
 from support.cli import UserError
 
 NAMES = ("amber", "hallusionbench", "mmhal", "mmstar", "objhal", "pope")
@@ -50,8 +51,11 @@ def score(benchmark, answers, folder, settings=None):
     need_answers(answers, settings.judgements)
     with well_formed(benchmark, folder):
         answers, found = without_thinking(answers, module)
+        if settings.judgements is not None:
+            texts = [reply_text(reply) for reply in settings.judgements]
+            settings = replace(settings, judgements=texts)
         metrics, reading = module.score(answers, folder, settings)
-    found["judgement unreadable"] = unreadable(settings.judgements, module)
+        found["judgement unreadable"] = unreadable(settings.judgements, module)
     doubts = {name: found[name] for name in DOUBTS}
     return {
         "benchmark": benchmark,

@@ -11,6 +11,7 @@ from benchmarks.common import Settings, read
 from support.cli import UserError
 from support.files import drop_torn_line, lock, write_json
 from support.images import open_images
+from support.settings import need_same
 
 
 def answer(model, prompts, questions, first=0, batch_size=16, seed=0, **decoding):
@@ -86,9 +87,9 @@ def holds(line, record):
 
 
 class Answers:
-    """answers.jsonl in a folder, which grows question by question, and beside it
-    answers.settings.json: how they are made. A killed run goes on; other settings, and lines that
-    are not the questions' answers, are refused."""
+    """answers.jsonl in a folder, which it holds the lock of, and beside it answers.settings.json:
+    how they are made. It grows question by question. A killed run goes on; other settings, and
+    lines that are not the questions' answers, are refused."""
 
     def __init__(self, folder, made, questions):
         self.path, self.questions = Path(folder, "answers.jsonl"), questions
@@ -96,19 +97,10 @@ class Answers:
         self.lock = lock(folder)
         known = self.path.with_suffix(".settings.json")
         if self.path.exists():
-            self.refuse_others(read(known) if known.exists() else {}, made)
+            need_same(self.path, read(known) if known.exists() else {}, made)
         self.count = drop_torn_line(self.path)
         self.need_answers()
         write_json(known, made)
-
-    def refuse_others(self, old, made):
-        changed = [name for name in made if old.get(name) != made[name]]
-        if changed:
-            name = changed[0]
-            raise UserError(
-                f"{self.path}: made with other settings ({name} was {old.get(name)!r}, is "
-                f"{made[name]!r}); choose another --out"
-            )
 
     def need_answers(self):
         """Line n answers question n."""
@@ -122,7 +114,7 @@ class Answers:
                 )
 
     def extend(self, texts, field):
-        """Append an answer for each question that has none yet."""
+        """Append an answer for each question that has none yet; returns the file."""
         with open(self.path, "a", encoding="utf-8") as file:
             for text, question in zip(texts, self.questions[self.count :]):
                 line = {**question.record, field: text}
@@ -130,9 +122,4 @@ class Answers:
                     line["cut"] = True
                 file.write(json.dumps(line) + "\n")
                 file.flush()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.lock.close()
+        return self.path

@@ -6,6 +6,7 @@ Nothing in benchmarks/ imports torch (but answers.py, where a model answers): sc
 import base64
 import csv
 import functools
+import glob
 import itertools
 import json
 import os
@@ -33,7 +34,7 @@ class Settings:
 
     protocol: str = "symmpo"  # the paper's lenient reading, or "official"
     dimension: str = "a"  # AMBER: a all, g captions, d yes/no, de, da, dr its parts
-    judgements: list | None = None  # raw texts in answer order
+    judgements: list | None = None  # texts or chat completions in answer order
     similar: list | None = None  # AMBER: pairs of words that mean the same
     allow_outside: bool = False  # may images leave the benchmark's folder?
     cases: list = field(default_factory=list)  # filled by `score`: a Case for each answer
@@ -87,35 +88,26 @@ def tab_separated(text):
     return rows
 
 
-def rows_of(folder, *patterns):
-    """The rows of the files that the first pattern finds, in the folder or its data/. Several files
-    are the parts of one table."""
+def files_of(folder, *patterns):
+    """The files that the first pattern finds, in the folder or its data/."""
     for place in (Path(folder), Path(folder, "data")):
         for pattern in patterns:
-            files = sorted(place.glob(pattern))
-            if files:
-                return list(itertools.chain.from_iterable(map(read, files)))
-    raise missing(folder, patterns)
-
-
-def missing(folder, names):
-    return UserError(
-        f"{folder}: no {' or '.join(names)}; `evaluate.py fetch-help` says what to get"
+            names = sorted(glob.glob(pattern, root_dir=place))
+            if names:
+                return [place / name for name in names]
+    raise UserError(
+        f"{folder}: no {' or '.join(patterns)}; `evaluate.py fetch-help` says what to get"
     )
 
 
+def rows_of(folder, *patterns):
+    """The rows of these files, which are the parts of one table."""
+    return list(itertools.chain.from_iterable(map(read, files_of(folder, *patterns))))
+
+
 def find(folder, *names):
-    """The first of the named files that is in the folder or in its data/."""
-    for place in (Path(folder), Path(folder, "data")):
-        for name in names:
-            if (place / name).is_file():
-                return place / name
-    raise missing(folder, names)
-
-
-def word_list(benchmark, name):
-    """The path of one of the committed word lists."""
-    return HERE / benchmark / name
+    """The first of the named files that is there."""
+    return files_of(folder, *map(glob.escape, names))[0]
 
 
 # --- images ---------------------------------------------------------------------------------------
@@ -147,10 +139,11 @@ def image_file(folder, subfolder, name, allow_outside):
     return str(path)
 
 
-def question_about(row, prompt, given, folder, subfolder, settings):
+def question_about(row, folder, subfolder, settings, prompt=None, given=None):
     """A Question about an image, which is given as `image_of` takes it; its record is the row
     without it. A question must not have lost its image."""
-    image = image_of(folder, subfolder, given, settings)
+    prompt = prompt or row["question"]
+    image = image_of(folder, subfolder, given or row.get("image"), settings)
     if image is None:
         raise UserError(f"{folder}: no image belongs to the question {prompt!r}")
     return Question(prompt, image, {name: row[name] for name in row if name != "image"})
@@ -182,6 +175,15 @@ def need_fields(answers, kinds):
         for name, kind in kinds.items():
             if not isinstance(answer, dict) or not isinstance(answer.get(name), kind):
                 raise UserError(f"answer {number}: the field {name} is missing or of a wrong type")
+
+
+def reply_text(reply):
+    """The text of a judge's reply: itself, a line of judgements.jsonl, or a chat completion."""
+    if isinstance(reply, dict) and "text" in reply:
+        reply = reply["text"]
+    elif isinstance(reply, dict):
+        reply = reply["choices"][0]["message"]["content"]
+    return reply or ""
 
 
 def plain(reply):

@@ -1,5 +1,6 @@
 """A judge's replies: asked for, kept raw, and brought to the form that a scorer reads."""
 
+from pathlib import Path
 from string import Template
 
 from benchmarks import BENCHMARKS
@@ -9,15 +10,16 @@ from support.cli import UserError
 from support.files import write_lines
 
 
-def judge(args, folder):
-    """judgements.jsonl in answer order, without thinking and Markdown. Raw replies are on disk
-    (judge_replies.jsonl) before."""
-    benchmark, answers = BENCHMARKS[args.benchmark], read(folder / "answers.jsonl")
+def judge(args):
+    """judgements.jsonl of --out in answer order, without thinking and Markdown. Raw replies are on
+    disk (judge_replies.jsonl) before."""
+    benchmark, folder = BENCHMARKS[args.benchmark], Path(args.out)
+    answers = read(folder / "answers.jsonl")
     prompt = Template((HERE / args.benchmark / "judge.txt").read_text(encoding="utf-8"))
-    asked = {}
+    messages_of, asked = getattr(benchmark, "judge_messages", user_message), {}
     for number, row in enumerate(answers):
         try:
-            messages = benchmark.judge_messages(prompt, row)
+            messages = messages_of(prompt, row)
         except KeyError as error:
             raise UserError(f"{folder}/answers.jsonl: the judge needs the field {error}") from error
         if messages is not None:
@@ -32,7 +34,7 @@ def judge(args, folder):
         give_up=args.give_up,
         **{"temperature": 0, **args.request},
     )
-    texts = dict(zip(asked, list(replies)))
+    texts = dict(zip(asked, replies))
     lines = []
     for number in range(len(answers)):
         text = plain(texts.get(number, "[]"))
@@ -42,14 +44,5 @@ def judge(args, folder):
     write_lines(folder / "judgements.jsonl", lines)
 
 
-def judge_text(reply):
-    """The text of a judge's reply: itself, a line of judgements.jsonl, or a chat completion."""
-    try:
-        if isinstance(reply, dict):
-            there = "text" in reply
-            reply = reply["text"] if there else reply["choices"][0]["message"]["content"]
-    except (LookupError, TypeError) as error:
-        raise UserError(f"judgements are texts or chat completions: {error}") from error
-    if not isinstance(reply, str | None):
-        raise UserError(f"judgements are texts or chat completions, not {reply!r:.40}")
-    return reply or ""
+def user_message(prompt, row):
+    return [{"role": "user", "content": prompt.substitute(row)}]

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from benchmarks import BENCHMARKS, score, well_formed
 from benchmarks.common import HERE, made_of, need_answers, read
-from benchmarks.judge import judge_text
 from support.chat import image_url
 from support.cli import UserError
 from support.files import write_atomically
@@ -56,18 +55,11 @@ def add(sections, file, answers, data, settings):
             sections[benchmark] = module.questions(folder, settings)[: len(answers)], []
         questions, models = sections[benchmark]
         need_same_questions(questions, answers, module.ANSWER)
-    judged, replies, cases = Path(file).with_name("judgements.jsonl"), None, []
-    if judged.is_file():
-        replies = [judge_text(reply) for reply in read(judged)]
-    model = {**made_of(file), "file": file, "answers": answers, "cases": cases}
-    try:
-        own = replace(settings, judgements=replies, cases=cases)
-        model |= score(benchmark, answers, folder, own)
-    except UserError as error:
-        if len(cases) < len(answers):
-            raise
-        model["reading"] = f"no metrics: {error}"  # what was read can still be looked at
-    models.append(model)
+    judged = Path(file).with_name("judgements.jsonl")
+    own = replace(settings, judgements=read(judged) if judged.is_file() else None, cases=[])
+    found = score(benchmark, answers, folder, own)
+    model = {"file": file, "answers": answers, "cases": own.cases}
+    models.append({**made_of(file), **found, **model})
 
 
 def benchmark_of(answer):
@@ -82,8 +74,8 @@ def need_same_questions(questions, answers, field):
     """What answer n says of its question agrees with question n."""
     for number, (question, answer) in enumerate(zip_longest(questions, answers), start=1):
         if question and answer:
-            told = {**question.record, **answer}
-            if {**told, **question.record, field: told.get(field)} == told:
+            told = {**question.record, field: answer.get(field)}
+            if {**told, **answer} == {**answer, **told}:
                 continue
         raise UserError(
             f"line {number}: not the answer to question {number} of --data (and --dimension), or "

@@ -11,29 +11,34 @@ from pathlib import Path
 
 from benchmarks import BENCHMARKS
 from benchmarks.common import HERE, read
+from support.cli import UserError
 from support.files import write_atomically
 
 
 def write(files, folder, paper=None, differences=False):
     """files: metrics.json files. paper: "7b", "13b", "none", or by the first row's model.
     differences: also how far we are from each published row; for results of one model."""
-    results, rows = [read(file) for file in files], {}
+    results, own, ours = [read(file) for file in files], {}, {}
+    models = {result.get("row") or result["name"] for result in results}
+    if differences and len(models) > 1:
+        raise UserError(f"--differences: for one model, and these are {', '.join(models)}")
     for result in results:
-        name, row = result.get("row") or result["name"], row_of(result)
+        name = result.get("row") or result["name"]
         if result["reading"].startswith("no judge"):
             name += " (no judge)"
         if result.get("doubtful"):
             name += " (!)"
-        if not result.get("row") and rows.get(name, {}).keys() & row.keys():
-            name += f" ({len(rows) + 1})"  # another model of this name
-        for heading, values in row.items():
-            rows.setdefault(name, {}).setdefault(heading, []).extend(values)
+        row = own.setdefault(name, {})
+        for heading, value in row_of(result).items():
+            row.setdefault(heading, []).append(value)
+        if differences:
+            ours |= row
     known = published(paper, results[0].get("model", ""))
-    own, rows = rows, rows | known
+    rows = own | known
     headings = list(dict.fromkeys(heading for row in rows.values() for heading in row))
-    lines = table(rows, headings) + [""] + made(results)
+    lines = table(rows, known, headings, ours) + [""] + made(results)
     if differences:
-        lines += [""] + calibration(own, known) + [""] + other_settings(results)
+        lines += [""] + other_settings(results)
     text = "\n".join(lines)
     print(text)
     write_atomically(Path(folder, "report.md"), text + "\n")
@@ -41,14 +46,14 @@ def write(files, folder, paper=None, differences=False):
 
 
 def row_of(result):
-    """{"amber CHAIR↓": [7.9], ...} of one metrics.json."""
+    """{"amber CHAIR↓": 7.9, ...} of one metrics.json."""
     row = {}
     for heading, keys in BENCHMARKS[result["benchmark"]].COLUMNS.items():
         value = result["metrics"]
         for key in keys:
             value = value.get(key, {})
         if value != {}:
-            row[f"{result['benchmark']} {heading}"] = [value]
+            row[f"{result['benchmark']} {heading}"] = value
     return row
 
 
@@ -61,27 +66,18 @@ def published(size, model):
     return sizes.get(size, {})
 
 
-def table(rows, headings):
-    """Lines of Markdown."""
+def table(rows, known, headings, ours):
+    """Lines of Markdown; behind a published value what ours is more than it."""
     lines = [f"| model | {' | '.join(headings)} |", "| --- " + "| ---: " * len(headings) + "|"]
     for name, row in rows.items():
-        cells = [with_spread(row.get(heading, [])) for heading in headings]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
-
-
-def calibration(own, known):
-    """Lines of Markdown: our numbers and, of each published row, its own and ours minus it."""
-    names = "".join(f" | {name}" for name in known)
-    lines = [f"| column | ours{names} |", "| --- | ---: " + "| ---: " * len(known) + "|"]
-    for row in own.values():
-        for heading, (value, *_) in row.items():
-            line = f"| {heading} | {value:.4g}"
-            for other in known.values():
-                published = other.get(heading, [])
-                gap = f" ({value - published[0]:+.4g})" if published else ""
-                line += f" | {with_spread(published)}{gap}"
-            lines.append(line + " |")
+        line = f"| {name} |"
+        for heading in headings:
+            values = row.get(heading, [])
+            line += f" {with_spread(values)}"
+            if name in known and heading in ours and values:
+                line += f" ({statistics.mean(ours[heading]) - values[0]:+.4g})"
+            line += " |"
+        lines.append(line)
     return lines
 
 
@@ -89,13 +85,12 @@ def other_settings(results):
     """Lines: where our answers came about in another way than the published ones."""
     settings, lines = read(HERE / "paper_settings.json"), []
     for result in results:
-        expected = settings["all"] | settings.get(result["benchmark"], {})
+        benchmark, own = result["benchmark"], {**result, **result.get("decoding", {})}
+        expected = settings["all"] | settings.get(benchmark, {})
         for name, published in expected.items():
-            value = result.get(name, result.get("decoding", {}).get(name))
+            value = own.get(name)
             if value != published:
-                lines.append(
-                    f"- {result['benchmark']}, {name}: ours {value}, published {published}"
-                )
+                lines.append(f"- {benchmark}, {name}: ours {value}, published {published}")
     return lines
 
 

@@ -116,7 +116,7 @@ def ask_all(
                 failed += 1
             else:
                 text = Text(entry["text"], cut=entry.get("finish") == "length")
-            bar.set_postfix_str(f"{failed} failed, {kept.tokens:,} tokens")
+            bar.set_postfix_str(f"{failed} failed")
             yield id, text
             in_a_row = in_a_row + 1 if entry["text"] is None else 0
             if in_a_row > 0 and in_a_row in (size, max(5, concurrency)):
@@ -241,21 +241,15 @@ class Asker:
 def content_of(reply, entry):
     """The text of a reply; how it ended and what it cost go into the entry. ValueError, with what
     the server says of it, where there is no answer."""
-    if not reply.choices:
-        raise ValueError(f"no answer in it: {(reply.model_extra or {}).get('error')}")
-    choice = reply.choices[0]
-    entry["finish"] = choice.finish_reason
     if reply.usage:
-        if not isinstance(reply.usage.total_tokens, int):
-            raise ValueError(f"usage.total_tokens is {reply.usage.total_tokens!r}")
         entry["usage"] = reply.usage.to_dict()
-    if choice.message.refusal or choice.finish_reason == "content_filter":
-        raise ValueError(f"refused or filtered: {choice.message.refusal}")
-    text = choice.message.content
-    if text is not None and not isinstance(text, str):
-        raise ValueError(f"its content is no text but {type(text).__name__}")
-    if not text or text.isspace():
-        raise ValueError(f"an empty answer (finish_reason {choice.finish_reason})")
+    if not reply.choices:
+        raise ValueError(f"no answer in it: {reply!s:.300}")
+    choice = reply.choices[0]
+    entry["finish"], text = choice.finish_reason, choice.message.content
+    is_text = isinstance(text, str) and text.strip()
+    if not is_text or choice.message.refusal or choice.finish_reason == "content_filter":
+        raise ValueError(f"no answer in it: {choice!s:.300}")
     return text
 
 
@@ -269,7 +263,7 @@ class ReplyLog:
     run while it is open; `secrets`, which a server may echo, do not come into it."""
 
     def __init__(self, path, secrets=()):
-        self.entries, self.tokens, self.secrets = defaultdict(list), 0, secrets
+        self.entries, self.secrets = defaultdict(list), secrets
         self.file = open(path, "ab")
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -294,7 +288,6 @@ class ReplyLog:
         self.file.write(line)
         self.file.flush()
         os.fsync(self.file.fileno())
-        self.tokens += entry.get("usage", {}).get("total_tokens") or 0
         self.entries[entry["request"]].append(json.loads(line))
 
     def __enter__(self):

@@ -16,6 +16,7 @@ import torch
 
 from support.cli import UserError
 from support.files import lock, whole_lines
+from support.settings import need_same
 
 
 class RunFolder:
@@ -87,13 +88,7 @@ class RunFolder:
                 raise ValueError("metrics.jsonl beside it is not what it was")
         except Exception as error:  # JSON, safetensors and torch have a kind each
             raise UserError(f"{folder}: damaged, cannot resume from it: {error}") from error
-        changes = [
-            f"{name} was {about.get(name)!r}, is {value!r}"
-            for name, value in run.identity.items()
-            if about.get(name) != value
-        ]
-        if changes:
-            raise UserError(f"{folder}: cannot resume, this is another run: {'; '.join(changes)}")
+        need_same(folder, about, run.identity)
         step = int(folder.name.split("-")[1])
         self.need_same_records(step, run, trained_on)
         run.left_out.update(about["left_out"])
@@ -159,8 +154,7 @@ class RunFolder:
             for name in names + [f"eval/{name}" for name in names]:
                 points = [(line["step"], line[name]) for line in lines if name in line]
                 if points:
-                    style = "o--" if name.startswith("eval/") else "-"
-                    axis.plot(*zip(*points), style, ms=4, label=name)
+                    axis.plot(*zip(*points), ".-", label=name)
                     axis.legend(fontsize=8)
             axis.set(title=title, xlabel="optimiser step")
         figure.savefig(self.path / "curves.png", dpi=110)

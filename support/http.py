@@ -7,10 +7,7 @@ time from the request to the last byte of its reply.
 
 import asyncio
 import ipaddress
-import json
 import os
-import socket
-import urllib.request
 from urllib.parse import quote, unquote, urlsplit
 
 import httpx2
@@ -20,34 +17,25 @@ from support.cli import UserError
 AT_HOME = (".local", ".localhost", ".internal", ".lan")  # names that only a private network has
 
 
-class WholeReplies(httpx2.AsyncHTTPTransport):
-    """Gives each reply `seconds` to come, all of it."""
+class WholeReplies(httpx2.AsyncClient):
+    """Gives each reply its time-out to come, all of it."""
 
-    def __init__(self, seconds, proxy):
-        super().__init__(proxy=proxy)
-        self.seconds = seconds
-
-    async def handle_async_request(self, request):
+    async def send(self, request, **options):
+        seconds = self.timeout.read
         try:
-            async with asyncio.timeout(self.seconds):
-                response = await super().handle_async_request(request)
-                await response.aread()
-                return response
+            async with asyncio.timeout(seconds):
+                return await super().send(request, **options)
         except TimeoutError as error:
-            text = f"no whole reply within {self.seconds:g} s"
+            text = f"no whole reply within {seconds:g} s"
             raise httpx2.ReadTimeout(text, request=request) from error
 
 
 def new_client(url, seconds):
     """An httpx client for one server. A proxy of the environment is used for https alone, where it
     sees no more than the host's name."""
-    host, proxy = urlsplit(url).hostname, None
-    if url.startswith("https:") and not urllib.request.proxy_bypass(host):
-        found = urllib.request.getproxies()
-        proxy = found.get("https", found.get("all"))
-    return httpx2.AsyncClient(
-        transport=WholeReplies(seconds, proxy),
+    return WholeReplies(
         timeout=seconds,
+        trust_env=url.startswith("https:"),
         follow_redirects=False,  # prompts, images and the key would go along
     )
 
@@ -82,11 +70,9 @@ def key_for(url, name):
 def is_public(host):
     """Is the host anywhere but on this machine or in a private network?"""
     try:
-        found = socket.getaddrinfo(host, None)
-    except OSError:
+        return ipaddress.ip_address(host).is_global
+    except ValueError:
         return "." in host and not host.endswith(AT_HOME)
-    addresses = [ipaddress.ip_address(entry[4][0].partition("%")[0]) for entry in found]
-    return any(address.is_global for address in addresses)
 
 
 def shown(url):
@@ -97,11 +83,9 @@ def shown(url):
 
 
 def secrets_of(url, key):
-    """Every form in which a library may print the key or the address's password."""
-    forms = set()
-    for secret in (key, urlsplit(url).password or ""):
+    """The key and the address's password, as they are and as an address has them."""
+    forms, password = set(), urlsplit(url).password or ""
+    for secret in (key, password, unquote(password)):
         if len(secret) > 5:  # shorter ones, as "none" and "EMPTY", are no secrets
-            forms |= {secret, unquote(secret), quote(secret, safe=""), repr(secret)[1:-1]}
-    for _ in range(2):  # in JSON, and in JSON that is quoted in JSON
-        forms |= {json.dumps(form)[1:-1] for form in forms}
-    return sorted(forms, key=len, reverse=True)
+            forms |= {secret, quote(secret, safe="")}
+    return forms

@@ -296,7 +296,9 @@ def test_a_killed_conversion_goes_on(original, converted, tmp_path, capsys):
     assert shards[0].stat().st_mtime_ns == before
     assert shards[1].read_bytes() == (converted / shards[1].name).read_bytes()
     assert (out / "config.json").read_text() == (converted / "config.json").read_text()
-    assert "other arguments" in refused(original, out, "--keep-vocabulary", capsys=capsys)
+    assert "keep_vocabulary was 'False', is 'True'" in refused(
+        original, out, "--keep-vocabulary", capsys=capsys
+    )
 
 
 def test_what_is_not_known_is_refused_by_its_name(tmp_path, capsys):

@@ -255,15 +255,16 @@ def test_several_benchmarks_are_sections_and_texts_are_no_html(tmp_path):
     assert "read as\n<q>unclear</q>" in body
 
 
-def test_a_part_of_a_benchmark_can_be_looked_at_without_its_metrics(tmp_path):
+def test_a_part_of_a_benchmark_that_has_no_metrics_is_refused(tmp_path, capsys):
     row = {"question": "Q", "answer": "A", "category": "math", "l2_category": "geometry"}
     image = base64.b64encode(picture()).decode()
     asked = [row, row, {**row, "category": "logical reasoning"}]
     rows = [{**row, "image": image} for row in asked]
     write_lines(tmp_path / "data/data/mmstar.jsonl", rows)
     file = write_lines(tmp_path / "a.jsonl", [{**row, "prediction": "A"}] * 2)
-    _, body = page_of(tmp_path, file, "--data", tmp_path / "data")
-    assert verdicts(body) == (2, 0) and "no metrics: MMStar: no answers in" in body
+    with pytest.raises(SystemExit):
+        page_of(tmp_path, file, "--data", tmp_path / "data")
+    assert "a.jsonl: MMStar: no answers in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ import torch
 
 from support.cli import UserError, new_parser, run_command
 from support.files import lock, write_json
+from support.settings import need_same
 from vlm.load import named
 
 ORIGINAL = Path(__file__).with_name("original.json")
@@ -35,8 +36,6 @@ DECODERS = {"LlavaLlamaForCausalLM": "llama", "BunnyPhiForCausalLM": "phi"}
 
 
 def read_json(path):
-    if not path.is_file():
-        raise UserError(f"{path}: not there; a checkpoint in the original format has it")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -127,11 +126,6 @@ def read_config(args):
     places = [Path(folder, "config.json") for folder in (args.lora, args.checkpoint) if folder]
     path = next((path for path in places if path.is_file()), places[-1])
     config = read_json(path)
-    if decoder_of(config) is None:
-        raise UserError(
-            f"{path}: architectures are {config.get('architectures')}; what is converted is "
-            f"{' or '.join(DECODERS)}"
-        )
     for name, known in read_json(ORIGINAL)["understood"].items():
         if config.get(name, known[0]) not in known:
             raise UserError(f"{path}: {name} is {config[name]!r}; what is converted is {known[0]}")
@@ -140,8 +134,11 @@ def read_config(args):
 
 def decoder_of(config):
     """Told by the architecture, since model_type says "llava" for either."""
-    for architecture in config.get("architectures") or []:
-        return DECODERS.get(architecture)
+    found = config.get("architectures")
+    for name, decoder in DECODERS.items():
+        if found == [name]:
+            return decoder
+    raise UserError(f"config.json's architectures are {found}; converted is {', '.join(DECODERS)}")
 
 
 def tokenizer_of(args, decoder):
@@ -264,12 +261,11 @@ def convert(args):
 
 
 def shapes_of(made):
-    """{name: shape} of all weights of the model, of which none is made."""
+    """{name: tensor} of all weights of the model, of which none is made: each has but its shape."""
     from transformers import LlavaForConditionalGeneration
 
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration(made)
-    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+        return LlavaForConditionalGeneration(made).state_dict()
 
 
 def need_all(shapes, places, adapter):
@@ -288,8 +284,8 @@ def need_same_conversion(args):
     """A folder that was begun with other arguments is refused."""
     known = Path(args.out, "conversion.json")
     given = {name: str(value) for name, value in vars(args).items() if name != "out"}
-    if known.exists() and read_json(known) != given:
-        raise UserError(f"{known}: this folder was made with other arguments; choose another --out")
+    if known.exists():
+        need_same(known, read_json(known), given)
     write_json(known, given)
 
 
@@ -302,11 +298,11 @@ def converted(file, inside, shapes, lora, rows):
             continue
         tensor = with_lora(tensors[own], original, lora)
         if original in ("model.embed_tokens.weight", "lm_head.weight"):
-            tensor = with_image_row(tensor[:rows], shapes[name][0])
-        if tensor.shape != shapes[name]:
+            tensor = with_image_row(tensor[:rows], len(shapes[name]))
+        shape, wanted = tuple(tensor.shape), tuple(shapes[name].shape)
+        if shape != wanted:
             raise UserError(
-                f"{file}: {original} is {tuple(tensor.shape)}, and by config.json it would be "
-                f"{tuple(shapes[name])}"
+                f"{file}: {original} is {shape}, and by config.json it would be {wanted}"
             )
         result[name] = tensor.contiguous()
     return result

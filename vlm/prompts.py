@@ -155,9 +155,8 @@ class Prompts:
         """A row for a person to read: the prompt's text, and the labels decoded."""
         ids = row.inputs["input_ids"][0]
         is_image = ids == self.tokenizer.convert_tokens_to_ids(self.processor.image_token)
-        for name in ("token_type_ids", "mm_token_type_ids"):  # of Gemma 3 and Qwen2-VL: 1 is image
-            if name in row.inputs:
-                is_image = row.inputs[name][0] == 1
+        if "token_type_ids" in row.inputs:  # of Gemma 3, whose image_token stands before an image
+            is_image = row.inputs["token_type_ids"][0] == 1
         repeated = is_image & is_image.roll(1)
         form = self.form
         if not self.is_own():

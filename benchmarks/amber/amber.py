@@ -16,13 +16,13 @@ noun is lemmatised before it is looked up, as officially: so the scorer never me
 from collections import Counter, defaultdict
 
 from benchmarks.common import (
+    HERE,
     Case,
     find,
     need_fields,
     question_about,
     read,
     rows_of,
-    word_list,
 )
 from benchmarks.words import noun_reader, similarity
 from support.cli import UserError
@@ -39,7 +39,7 @@ COLUMNS = {  # of the report: heading -> where it stands in the metrics
 }
 # of_dimension: the parts of AMBER that a dimension on the command line measures. of_type: those in
 # which an answer to a question of a type counts.
-PARTS = read(word_list("amber", "parts.json"))
+PARTS = read(HERE / "amber/parts.json")
 
 
 def questions(folder, settings):
@@ -50,7 +50,7 @@ def questions(folder, settings):
         if "query" not in row:
             row = {"id": int(row["index"]), "query": row["question"], "image": row["image"]}
         if not wanted.isdisjoint(PARTS["of_type"][notes[row["id"]]["type"]]):
-            asked.append(question_about(row, row["query"], row["image"], folder, "image", settings))
+            asked.append(question_about(row, folder, "image", settings, row["query"]))
 
     def captions_then_images(question):
         return notes[question.record["id"]]["type"] != "generative", question.image
@@ -112,7 +112,7 @@ class Captions:
         self.relation = read(find(folder, "relation.json"))
         self.safe = find(folder, "safe_words.txt").read_text(encoding="utf-8").split("\n")
         self.known = {word for name, words in self.relation.items() for word in (name, *words)}
-        self.tokens, reader = noun_reader(read(word_list("amber", "lemma_table.json")))
+        self.tokens, reader = noun_reader(read(HERE / "amber/lemma_table.json"))
         self.alike, judge = similarity(similar)
         self.reading = f"{reader}; similarity: {judge}"
         self.count = Counter()

@@ -46,8 +46,8 @@ def questions(folder, settings):
             record = {name: row[name] for name in row if name != "image"}
             asked.append(Question(row["question"], None, record))
         else:
-            about = row["question"], row.get("image") or row.get("filename")
-            asked.append(question_about(row, *about, folder, "hallusion_bench", settings))
+            given = row.get("image") or row.get("filename")
+            asked.append(question_about(row, folder, "hallusion_bench", settings, given=given))
     return asked
 
 
@@ -56,20 +56,14 @@ def row_of_tsv(row):
     questions that have no image."""
     set_id, figure_id, question_id = row["index"].split("_")[-3:]
     return {
-        "category": row["category"],
+        **row,
         "subcategory": row["l2-category"],
         "visual_input": "1",
         "set_id": set_id,
         "figure_id": figure_id,
         "question_id": question_id,
-        "question": row["question"],
         "gt_answer": str(int(row["answer"].lower() == "yes")),
-        "image": row["image"],
     }
-
-
-def judge_messages(prompt, row):
-    return [{"role": "user", "content": prompt.substitute(row)}]
 
 
 def check_reply(text):

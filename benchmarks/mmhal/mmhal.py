@@ -34,12 +34,8 @@ def questions(folder, settings):
     for row in read(find(folder, *FILES)):
         row.pop(ANSWER, None)  # a template has an empty one
         given = row.get("image") or row.get("image_src")
-        asked.append(question_about(row, row["question"], given, folder, "images", settings))
+        asked.append(question_about(row, folder, "images", settings, given=given))
     return asked
-
-
-def judge_messages(prompt, row):
-    return [{"role": "user", "content": prompt.substitute(row)}]
 
 
 def check_reply(text):

@@ -15,13 +15,13 @@ import re
 from collections import Counter
 
 from benchmarks.common import (
+    HERE,
     Case,
     need_fields,
     percent,
     question_about,
     read,
     rows_of,
-    word_list,
 )
 from support.cli import UserError
 
@@ -38,7 +38,7 @@ def questions(folder, settings):
     asked = []
     for row in rows_of(folder, *FILES):
         prompt = row["question"] + SUFFIX[settings.protocol]
-        asked.append(question_about(row, prompt, row.get("image"), folder, "images", settings))
+        asked.append(question_about(row, folder, "images", settings, prompt))
     return asked
 
 
@@ -81,12 +81,7 @@ def published_sizes(folder):
         for row in rows_of(folder, *FILES):
             size.update(parts_of(row))
         return size
-    size = {"overall": ITEMS}
-    for category, inside in read(word_list("mmstar", "categories.json")).items():
-        size[category] = 250
-        for name in inside:
-            size[f"{category}({name})"] = None  # not needed, see `score`
-    return size
+    return read(HERE / "mmstar/categories.json")
 
 
 def letter_in(text, protocol):

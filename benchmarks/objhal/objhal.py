@@ -20,7 +20,7 @@ from collections import Counter, defaultdict
 from itertools import groupby
 from pathlib import Path
 
-from benchmarks.common import Case, find, need_fields, percent, question_about, read, word_list
+from benchmarks.common import HERE, Case, find, need_fields, percent, question_about, read
 from benchmarks.words import noun_reader, phrase_reader
 from support.cli import UserError
 
@@ -36,11 +36,8 @@ COLUMNS = {"Resp.↓": ("response_hallucination",), "Ment.↓": ("mention_halluc
 
 
 def questions(folder, settings):
-    asked = []
-    for row in read(find(folder, QUESTIONS)):
-        about = row["question"], row.get("image")
-        asked.append(question_about(row, *about, folder, "images", settings))
-    return asked
+    rows = read(find(folder, QUESTIONS))
+    return [question_about(row, folder, "images", settings) for row in rows]
 
 
 # --- the judge ------------------------------------------------------------------------------------
@@ -124,15 +121,15 @@ class Names:
         try:
             path = find(folder, "synonyms_refine.txt")
         except UserError:
-            path = word_list("objhal", "synonyms_refine.txt")
+            path = HERE / "objhal/synonyms_refine.txt"
         self.object_of = {}  # a word -> the COCO object that it names
         for line in path.read_text(encoding="utf-8").strip().split("\n"):
             words = [word.strip() for word in line.split(",")]
             self.object_of |= dict.fromkeys(words, words[0])
         self.doubles = {word: word for word in self.object_of if " " in word}
-        self.doubles |= read(word_list("objhal", "doubles.json"))
-        self.tokens, self.reading = noun_reader(read(word_list("objhal", "lemma_table.json")))
-        table = read(word_list("objhal", "spacy_noun_lemma_table.json"))
+        self.doubles |= read(HERE / "objhal/doubles.json")
+        self.tokens, self.reading = noun_reader(read(HERE / "objhal/lemma_table.json"))
+        table = read(HERE / "objhal/spacy_noun_lemma_table.json")
         self.phrase_tokens, self.phrase_reading = phrase_reader(table)
 
     def in_text(self, text):

@@ -40,10 +40,10 @@ def questions(folder, settings):
                 "question": row["question"],
                 "label": row["answer"].lower(),
                 "category": category.strip().lower(),
+                "image": row["image"],
             }
             prompt = row["question"] + SUFFIX[settings.protocol]
-            about = prompt, row["image"], folder, "val2014", settings
-            asked.append(question_about(record, *about))
+            asked.append(question_about(record, folder, "val2014", settings, prompt))
     return asked
 
 

@@ -301,8 +301,8 @@ def test_evaluation_refuses_lines_that_are_not_the_questions_answers(tmp_path):
     from benchmarks.common import Question
 
     questions = [Question(f"q{i}", None, {"id": i}) for i in range(3)]
-    with Answers(tmp_path, {}, questions) as answers:
-        answers.extend(["a", "b"], "response")
+    answers = Answers(tmp_path, {}, questions)
+    answers.extend(["a", "b"], "response")
     path = tmp_path / "answers.jsonl"
     first, second = path.read_bytes().splitlines(True)
     for damaged in (first + b"\n" + second, second + first, first + b"[]\n"):

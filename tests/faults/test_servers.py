@@ -135,8 +135,8 @@ def test_a_key_that_no_header_can_carry_is_refused_unseen(tmp_path, monkeypatch,
     assert KEY not in str(error.value) and not (tmp_path / "log").exists()
 
 
-def test_every_form_of_a_key_is_redacted(serve, tmp_path, monkeypatch):
-    key = 'sk-"quoted"/and+more'
+def test_a_key_is_redacted_as_it_is_and_url_quoted(serve, tmp_path, monkeypatch):
+    key = "sk-quoted/and+more="
     monkeypatch.setenv("OPENAI_API_KEY", key)
     forms = [key, repr(key)[1:-1], urllib.parse.quote(key, safe=""), json.dumps(key)]
     url, _ = serve(lambda body, attempt: "you sent " + " ".join(forms), key=key)
@@ -239,9 +239,7 @@ def test_a_reply_that_never_ends_meets_the_deadline(serve, tmp_path, trouble):
 def odd(**changes):
     reply = completion("x")
     for name, value in changes.items():
-        if name == "usage":
-            reply["usage"] = value
-        elif name == "choices":
+        if name == "choices":
             reply["choices"] = value
         else:
             reply["choices"][0]["message"][name] = value
@@ -256,7 +254,6 @@ def deep(handler):
 
 ODD = {
     "deep JSON": deep,
-    "tokens as text": odd(usage={"total_tokens": "12"}),
     "content in parts": odd(content=[{"type": "text", "text": "yes"}]),
     "null content": odd(content=None),
     "empty content": odd(content=" "),
