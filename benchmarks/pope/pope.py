@@ -20,11 +20,11 @@ ITEMS, ANSWER, JUDGE = 9000, "answer", "none"
 CATEGORIES = ("random", "popular", "adversarial")
 FILES = tuple(f"coco_pope_{category}.json" for category in CATEGORIES)
 COLUMNS = {
-    "F1 random↑": ("random", "f1"),
-    "F1 popular↑": ("popular", "f1"),
-    "F1 adversarial↑": ("adversarial", "f1"),
-    "Acc↑": ("mean", "accuracy"),
-    "F1↑": ("mean", "f1"),
+    "F1 random↑": "random.f1",
+    "F1 popular↑": "popular.f1",
+    "F1 adversarial↑": "adversarial.f1",
+    "Acc↑": "mean.accuracy",
+    "F1↑": "mean.f1",
 }
 SUFFIX = {"symmpo": "\nAnswer the question using a single word or phrase.", "official": ""}
 
