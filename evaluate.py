@@ -175,17 +175,24 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("command", choices=COMMANDS)
     add("names", nargs="*", help="report: metrics.json files; page: answers; fetch-help: B")
-    text = "page tells it by the answers"
-    add("--benchmark", choices=sorted(BENCHMARKS), default="amber", help=text)
+    add(
+        "--benchmark",
+        choices=sorted(BENCHMARKS),
+        default="amber",
+        help="page tells it by the answers",
+    )
     add("--data", help="the benchmark's files as downloaded (default: the bundled tiny set)")
     add("--allow-outside", action="store_true", help="permit image paths that leave --data")
     add("--model", help="model folder or hub name (default: the bundled tiny model)")
     add("--adapter", help="a PEFT folder, such as a checkpoint of train.py")
     add("--out", help="output folder; score: the metrics.json to write")
     add("--protocol", choices=("symmpo", "official"), default="symmpo")
-    dimensions = "a g d de da dr".split()
-    text = "AMBER: all, captions, yes/no, or its existence, attribute, relation part"
-    add("--dimension", choices=dimensions, default="a", help=text)
+    add(
+        "--dimension",
+        choices="a g d de da dr".split(),
+        default="a",
+        help="AMBER: all, captions, yes/no, or its existence, attribute, relation part",
+    )
     add("--row", help="its name in reports; rows of one name (seeds) are averaged there")
     add("--limit", type=within(1), help="only the first N questions; page: N cases (100)")
     # who answers, and how
@@ -200,10 +207,18 @@ def parse_args(argv=None):
     # who judges, and what is scored
     add("--judge-url", help="the judge's OpenAI-compatible server; the key is OPENAI_API_KEY")
     add("--judge-model")
-    text = 'more fields of each request to a server, as JSON: \'{"reasoning_effort": "low"}\''
-    add("--request", type=json.loads, default={}, metavar="JSON", help=text)
-    text = "of a server or judge: go on when up to N requests stay without a usable reply"
-    add("--give-up", type=within(0), default=0, metavar="N", help=text)
+    add(
+        "--request",
+        type=json.loads,
+        default={},
+        help='more fields of each request to a server, as JSON: \'{"reasoning_effort": "low"}\'',
+    )
+    add(
+        "--give-up",
+        type=within(0),
+        default=0,
+        help="of a server or judge: go on when up to so many requests stay without a usable reply",
+    )
     add("--answers", default="answers.jsonl", help="score: a JSON list or JSONL")
     add("--judgements", help="score: raw judge replies in answer order (page: those beside)")
     add("--similar", help="score, AMBER: JSON list of pairs of words that mean the same")

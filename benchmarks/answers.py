@@ -105,12 +105,11 @@ class Answers:
     def need_answers(self):
         """Line n answers question n."""
         lines = self.path.read_bytes().splitlines() if self.count else []
-        for number, line in enumerate(lines[: len(self.questions)]):
-            record = self.questions[number].record
-            if not holds(line, record):
+        for number, (line, question) in enumerate(zip(lines, self.questions), start=1):
+            if not holds(line, question.record):
                 raise UserError(
-                    f"{self.path}:{number + 1}: not the answer to question {number + 1}; remove "
-                    "this line and those behind it, and the same command asks them again"
+                    f"{self.path}:{number}: not the answer to question {number}; remove this line "
+                    "and those behind it, and the same command asks them again"
                 )
 
     def extend(self, texts, field):

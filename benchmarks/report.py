@@ -48,9 +48,9 @@ def write(files, folder, paper=None, differences=False):
 def row_of(result):
     """{"amber CHAIR↓": 7.9, ...} of one metrics.json."""
     row = {}
-    for heading, keys in BENCHMARKS[result["benchmark"]].COLUMNS.items():
+    for heading, place in BENCHMARKS[result["benchmark"]].COLUMNS.items():
         value = result["metrics"]
-        for key in keys:
+        for key in place.split("."):
             value = value.get(key, {})
         if value != {}:
             row[f"{result['benchmark']} {heading}"] = value

@@ -225,17 +225,17 @@ class Asker:
         max_tokens, some templates no system message."""
         if "max_completion_tokens" in message and "max_tokens" in self.sent:
             self.sent["max_completion_tokens"] = self.sent.pop("max_tokens")
-            self.note("max_tokens is sent as max_completion_tokens")
+            change = "max_tokens is sent as max_completion_tokens"
         elif "temperature" in message and "temperature" in self.sent:
             del self.sent["temperature"]
-            self.note("no temperature is sent: the server's own is used")
+            change = "no temperature is sent: the server's own is used"
         elif re.search("system|user|role", message.lower()) and turns[0]["role"] == "system":
             self.takes_system = False
-            self.note("the system message is sent as the user's")
-
-    def note(self, text):
-        self.adapted.append(text)
-        tqdm.write(f"note: as the server wants it, {text}", file=sys.stderr)
+            change = "the system message is sent as the user's"
+        else:
+            return
+        self.adapted.append(change)
+        tqdm.write(f"note: as the server wants it, {change}", file=sys.stderr)
 
 
 def content_of(reply, entry):

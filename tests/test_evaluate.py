@@ -495,7 +495,7 @@ def test_a_benchmark_is_a_folder_that_says_where_it_comes_from(name):
 def test_another_benchmark_is_one_module(tmp_path, monkeypatch, capsys):
     class Sixth:
         ITEMS, ANSWER, JUDGE = 1, "said", "needed"
-        FILES, COLUMNS = ("sixth.json",), {"Right↑": ("right",)}
+        FILES, COLUMNS = ("sixth.json",), {"Right↑": "right"}
 
         @staticmethod
         def questions(folder, settings):

@@ -30,12 +30,12 @@ from support.cli import UserError
 ITEMS, ANSWER, JUDGE = 15220, "response", "none"
 TSV = "AMBER*.tsv"  # VLMEvalKit's: the yes/no questions alone
 COLUMNS = {  # of the report: heading -> where it stands in the metrics
-    "Acc↑": ("discriminative", "Accuracy"),
-    "F1↑": ("discriminative", "F1"),
-    "CHAIR↓": ("generative", "CHAIR"),
-    "Cover↑": ("generative", "Cover"),
-    "Hal↓": ("generative", "Hal"),
-    "Cog↓": ("generative", "Cog"),
+    "Acc↑": "discriminative.Accuracy",
+    "F1↑": "discriminative.F1",
+    "CHAIR↓": "generative.CHAIR",
+    "Cover↑": "generative.Cover",
+    "Hal↓": "generative.Hal",
+    "Cog↓": "generative.Cog",
 }
 # of_dimension: the parts of AMBER that a dimension on the command line measures. of_type: those in
 # which an answer to a question of a type counts.

@@ -20,7 +20,7 @@ from benchmarks.common import Case, Question, need_fields, percent, question_abo
 from support.cli import UserError
 
 ITEMS, ANSWER, JUDGE = 1129, "model_prediction", "optional"
-COLUMNS = {"qAcc↑": ("qAcc",), "fAcc↑": ("fAcc",), "aAcc↑": ("aAcc",)}
+COLUMNS = {"qAcc↑": "qAcc", "fAcc↑": "fAcc", "aAcc↑": "aAcc"}
 
 
 class Place(NamedTuple):

@@ -23,7 +23,7 @@ FILES = (
     "response_template.json",
     "mmhal-bench_answer_template.json",
 )
-COLUMNS = {"Score↑": ("score",), "Hall↓": ("hallucination_rate",)}
+COLUMNS = {"Score↑": "score", "Hall↓": "hallucination_rate"}
 
 # As judges write it: "Rating: 4", {"rating": 4}, "Rating (0-6): 4", "a rating of 4"
 RATING = re.compile(r"rating(?: *\(0 *(?:-|–|to) *6\))?\W*(?:(?:is|of)\W*)?([0-6])(?![.–-]?\d)")

@@ -27,7 +27,7 @@ from support.cli import UserError
 
 ITEMS, ANSWER, JUDGE = 1500, "prediction", "none"
 FILES = ("mmstar.json*", "MMStar.tsv", "*.parquet")
-COLUMNS = {"Overall↑": ("overall",)}
+COLUMNS = {"Overall↑": "overall"}
 SUFFIX = {  # what is asked behind a question
     "symmpo": "\nAnswer the question directly.",
     "official": "\nAnswer with the option's letter from the given choices directly.",

@@ -32,7 +32,7 @@ COCO = (
     "annotations/captions_train2014.json",
     "annotations/captions_val2014.json",
 )
-COLUMNS = {"Resp.↓": ("response_hallucination",), "Ment.↓": ("mention_hallucination",)}
+COLUMNS = {"Resp.↓": "response_hallucination", "Ment.↓": "mention_hallucination"}
 
 
 def questions(folder, settings):
