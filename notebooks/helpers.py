@@ -72,7 +72,8 @@ class ExactWorld:
     def __init__(self, beta):
         bit = torch.tensor([0.0, 1.0])
         sets = torch.cartesian_prod(bit, bit, bit).double()  # (8, 3) cup, fork, knife
-        shown, named = sets[:, None], sets[None]  # of images, of captions
+        shown = sets[:, None]  # (8, 1, 3) in the images
+        named = sets[None]  # (1, 8, 3) in the captions
         self.size = sets.sum(-1)  # objects in each image
         self.reward = (named * (2 * shown - 1)).sum(-1)
 
@@ -80,11 +81,13 @@ class ExactWorld:
         wrong = torch.tensor([0.15, 0.10, 0.10]).double()
         p = torch.where(shown == 1, right, wrong)  # (8, 1, 3)
         p[[2, 6], 0, 2] = 0.6  # a fork and no knife: surely a knife?
-        self.ref = torch.distributions.Bernoulli(p).log_prob(named).sum(-1)
+        naming = torch.distributions.Bernoulli(p)
+        self.ref = naming.log_prob(named).sum(-1)
 
         self.log_z = symmpo.log_partition(self.ref, self.reward, beta)
-        self.optimal = self.ref + self.reward / beta - self.log_z[:, None]
-        self.c = symmpo.partition_offset(self.log_z[:, None], self.log_z, beta)
+        of_m = self.log_z[:, None]  # (8, 1)
+        self.optimal = self.ref + self.reward / beta - of_m
+        self.c = symmpo.partition_offset(of_m, self.log_z, beta)
 
     def log_ratios(self, theta):
         """rho(m, y) of the policy softmax(log pi_ref + theta), for any leading dimensions."""
@@ -146,19 +149,21 @@ def contrasts(record, scenes, seed=0):
 
 def cell_numbers():
     """A picture whose pixels say in which of the nine cells they are."""
-    numbers = np.arange(9, dtype=np.uint8).reshape(3, 3)
-    cell = np.ones((CELL, CELL), dtype=np.uint8)
-    return Image.fromarray(np.kron(numbers, cell))
+    numbers = np.arange(9).reshape(3, 3)
+    cell = np.ones((CELL, CELL))
+    pixels = np.kron(numbers, cell)
+    return Image.fromarray(pixels.astype(np.uint8))
 
 
 def show_pictures(pictures):
     """{title: (image, lines of text below it)} in a row."""
     import matplotlib.pyplot as plt
 
-    width = 2 * len(pictures)
-    _, axes = plt.subplots(1, len(pictures), figsize=(width, 3.2))
-    for axis, (title, (image, lines)) in zip(axes, pictures.items()):
-        axis.imshow(image, interpolation="nearest")
+    count = len(pictures)
+    _, axes = plt.subplots(1, count, figsize=(2 * count, 3.2))
+    for axis, title in zip(axes, pictures):
+        image, lines = pictures[title]
+        axis.imshow(image)
         axis.set_title(title)
         axis.set_xlabel("\n".join(lines) or "(nothing)")
         axis.set(xticks=[], yticks=[])
@@ -195,16 +200,18 @@ def examine(model, prompts):
         for question, text in zip(questions, texts):
             answers.append({**question.record, "response": text})
         metrics, *_ = amber.score(answers, TINY / "amber", settings)
-        found["CHAIR" + name] = metrics["generative"]["CHAIR"]
-        found["Cover" + name] = metrics["generative"]["Cover"]
+        for metric in ("CHAIR", "Cover"):
+            found[metric + name] = metrics["generative"][metric]
     found["captions"] = texts
     return found
 
 
 def train_and_examine(options):
-    """{"log": lines of metrics.jsonl, and what `examine` gives}"""
+    """What `examine` gives, and "log": the lines of metrics.jsonl."""
     run, log = train_quietly(options)
-    return {"log": log, **examine(run.policy.eval(), run.prompts)}
+    found = examine(run.policy.eval(), run.prompts)
+    found["log"] = log
+    return found
 
 
 def train_all(runs):
@@ -218,14 +225,15 @@ def train_all(runs):
 
 def strip(axis, values, rows, columns, limit):
     """Numbers on a purple (positive) to orange (negative) strip, written where they are not 0."""
-    axis.imshow(values, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto")
+    pale = 2 * limit  # black figures stay legible
+    axis.imshow(values, cmap="PuOr", vmin=-pale, vmax=pale, aspect="auto")
     middle = {"ha": "center", "va": "center", "size": 12}
     for (i, j), value in np.ndenumerate(values):
         if abs(value) >= 0.05:
-            colour = "white" if abs(value) > 0.6 * limit else "black"
-            axis.text(j, i, f"{value:.1f}", color=colour, **middle)
+            axis.text(j, i, f"{value:.1f}", **middle)
     axis.set_yticks(range(len(rows)), rows)
-    axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
+    axis.set_xticks(range(len(columns)))
+    axis.set_xticklabels(columns, rotation=45, ha="right")
 
 
 def write_caption(axis, text, nouns):
