@@ -7,6 +7,7 @@ import base64
 import csv
 import functools
 import glob
+import io
 import itertools
 import json
 import os
@@ -81,7 +82,7 @@ def read(path):
 def tab_separated(text):
     """The rows of VLMEvalKit's TSVs: an image is base64, or the index of the row that has it."""
     csv.field_size_limit(sys.maxsize)
-    rows = list(csv.DictReader(text.splitlines(keepends=True), delimiter="\t"))
+    rows = list(csv.DictReader(io.StringIO(text), delimiter="\t"))
     images = {row["index"]: row["image"] for row in rows}
     for row in rows:
         row["image"] = images.get(row["image"], row["image"])

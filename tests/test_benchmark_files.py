@@ -59,7 +59,7 @@ def test_hallusionbench_tsv(tmp_path):
                 "index": f"hallusion_VD_illusion_7_{index}",
                 "category": "VD",
                 "l2-category": "illusion",
-                "question": f'Is "it"\tlonger, {number}?',
+                "question": f'Is "it"\tlonger\u2028, {number}?',
                 "answer": answer,
                 "image": COLOURS[number // 2],
             }

@@ -152,7 +152,8 @@ def tokenizer_of(args, decoder):
     if decoder == "llama":
         tokenizer = LlamaTokenizer.from_pretrained(args.checkpoint, legacy=True)
     else:
-        tokenizer = CodeGenTokenizer.from_pretrained(args.checkpoint)
+        options = {"clean_up_tokenization_spaces": False}  # it would take spaces out of answers
+        tokenizer = CodeGenTokenizer.from_pretrained(args.checkpoint, **options)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     length = len(tokenizer)
