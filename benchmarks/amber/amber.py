@@ -61,7 +61,7 @@ def questions(folder, settings):
 def notes_of(folder):
     """{id: what the annotators say of the question}."""
     rows = rows_of(folder, "annotations.json", TSV)
-    if "truth" in rows[0]:
+    if "type" in rows[0]:
         return dict(enumerate(rows, start=1))
     notes = {}
     for row in rows:
