@@ -18,7 +18,7 @@ from benchmarks.common import Case, find, need_fields, percent, question_about, 
 
 ITEMS, ANSWER, JUDGE = 9000, "answer", "none"
 CATEGORIES = ("random", "popular", "adversarial")
-FILES = tuple(f"coco_pope_{category}.json" for category in CATEGORIES)
+FIRST = "coco_pope_random.json"
 COLUMNS = {
     "F1 random↑": "random.f1",
     "F1 popular↑": "popular.f1",
@@ -47,11 +47,11 @@ def questions(folder, settings):
 
 def published_rows(folder):
     """Of the three files, or of VLMEvalKit's TSV or the hub's parquet, in the latter's words."""
-    if not Path(folder, FILES[0]).is_file():
-        return rows_of(folder, "POPE*.tsv", "*.parquet", FILES[0])
+    if not Path(folder, FIRST).is_file():
+        return rows_of(folder, "POPE*.tsv", "*.parquet", FIRST)
     rows = []
-    for category, file in zip(CATEGORIES, FILES):
-        for row in read(find(folder, file)):
+    for category in CATEGORIES:
+        for row in read(find(folder, f"coco_pope_{category}.json")):
             words = {"category": category, "question": row["text"], "answer": row["label"]}
             rows.append({**row, **words})
     return rows
@@ -76,8 +76,8 @@ def score(answers, folder, settings):
         said = yes_or_no(row[ANSWER])
         settings.cases.append(Case(said == row["label"], said, row["label"]))
         counts[row["category"]][said, row["label"]] += 1
-    metrics = {part: rates(count) for part, count in counts.items()}
-    asked = [metrics[category] for category in CATEGORIES if category in metrics]
+    metrics = {category: rates(count) for category, count in counts.items()}
+    asked = list(metrics.values())
     metrics["mean"] = {}
     for name in asked[0]:
         metrics["mean"][name] = sum(rate[name] for rate in asked) / len(asked)
