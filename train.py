@@ -11,7 +11,6 @@ dropout, since dropout in the policy and not in the reference is noise in every 
 LoRA script: 0.05, at a rate of 5e-7); a record that does not fit --max-length is refused, not cut.
 """
 
-import support  # isort: skip # noqa: F401
 import dataclasses
 import json
 import math
@@ -22,6 +21,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tqdm import tqdm
@@ -29,7 +29,7 @@ from tqdm import tqdm
 import symmpo
 from data import Examples, held_out, look_at_pairs, read_ahead, records_of_step
 from support.checkpoint import RunFolder, means
-from support.cli import UserError, check_numbers, option, parse, run_command
+from support.cli import UserError, check_numbers, parse, run_command
 from support.reference import ReferenceCache
 from support.signals import StopRequest
 from vlm.exact import need_packable, need_same
@@ -43,57 +43,95 @@ TINY = Path(__file__).resolve().parent / "tiny"
 # --- options --------------------------------------------------------------------------------------
 
 
+ABOVE_0 = "epochs batch_size micro_batch lr clip lora_r max_length sample_every save_every".split()
+
+
 @dataclasses.dataclass
 class Options(symmpo.Weights):
     """Every knob. The weights of the loss (beta, lam, ...) are inherited; one that is not given is
     the objective's own. Where each default comes from: docs/design.md.
 
-    Each field is an option of the command line, its text the help. From a notebook:
+    Each field is an option of the command line, its line here the help. From a notebook:
     `train(Options(model=..., data=..., steps=100))`.
+
+    model               model folder or hub name; without it, the bundled tiny world
+    data                record file, folder of them, or quoted glob (docs/data.md)
+    image_root          folder where image paths start, if not the data file's
+    fields              names in the file: prompt=instruction,chosen=good,image=img_path
+    objective           the loss
+    out                 folder for this run; if not given, runs/OBJECTIVE-DATE-TIME
+    epochs              passes over the data
+    steps               optimiser steps; 0: as many as --epochs needs
+    batch_size          records per optimiser step
+    micro_batch         records per forward pass; memory grows with it
+    lr                  peak learning rate; cosine decay to 0
+    warmup              share of the steps with a linearly rising rate
+    weight_decay        AdamW's decoupled decay of the adapter weights
+    clip                largest norm of the gradient
+    seed                of data order, adapter initialisation and crops
+    lora_r              rank of the adapters
+    lora_alpha          the adapters' output is scaled by alpha / r
+    lora_dropout        0, since the reference has none
+    max_length          tokens of image, prompt and response
+    prompt_format       auto: vicuna for LLaVA-1.5
+    square              pictures, for vlm.convert's models
+    dtype               of the base; auto: bf16 on CUDA
+    load_4bit           NF4 base weights (CUDA, bitsandbytes): for cards of 24 GB
+    device              auto: CUDA when there is one
+    grad_checkpointing  less memory, a third slower
+    no_share_prefix     plain padded sequences, for models that cannot pack
+    eval_data           held-out records: loss, accuracy and samples while training
+    sample_every        steps between held-out evaluations
+    save_every          steps between checkpoints; the last is saved
+    resume              go on with the run in --out from its last checkpoint
+    skip_bad            leave unusable records out and list them at the end
+    allow_outside       permit image paths that leave the data file's folder
+    cache               folder of the reference's log-probs
+    workers             processes that read ahead of the step; if not given, 2 on CUDA
     """
 
     # what
-    model: str = option(None, "model folder or hub name; without it, the bundled tiny world")
-    data: str = option(None, "record file, folder of them, or quoted glob (docs/data.md)")
-    image_root: str = option(None, "folder where image paths start, if not the data file's")
-    fields: str = option(None, "names in the file: prompt=instruction,chosen=good,image=img_path")
-    objective: str = option("symmpo", "the loss", tuple(symmpo.OBJECTIVES))
-    out: str = option(None, "folder for this run; if not given, runs/OBJECTIVE-DATE-TIME")
+    model: str = None
+    data: str = None
+    image_root: str = None
+    fields: str = None
+    objective: Literal[*symmpo.OBJECTIVES] = "symmpo"
+    out: str = None
     # loop
-    epochs: float = option(2.0, "passes over the data", above_0=True)
-    steps: int = option(0, "optimiser steps; 0: as many as --epochs needs")
-    batch_size: int = option(64, "records per optimiser step", above_0=True)
-    micro_batch: int = option(1, "records per forward pass; memory grows with it", above_0=True)
-    lr: float = option(5e-6, "peak learning rate; cosine decay to 0", above_0=True)
-    warmup: float = option(0.05, "share of the steps with a linearly rising rate")
-    weight_decay: float = option(0.01, "AdamW's decoupled decay of the adapter weights")
-    clip: float = option(1.0, "largest norm of the gradient", above_0=True)
-    seed: int = option(0, "of data order, adapter initialisation and crops")
+    epochs: float = 2.0
+    steps: int = 0
+    batch_size: int = 64
+    micro_batch: int = 1
+    lr: float = 5e-6
+    warmup: float = 0.05
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    seed: int = 0
     # model
-    lora_r: int = option(128, "rank of the adapters", above_0=True)
-    lora_alpha: int = option(256, "the adapters' output is scaled by alpha / r")
-    lora_dropout: float = option(0.0, "0, since the reference has none")
-    max_length: int = option(2048, "tokens of image, prompt and response", above_0=True)
-    prompt_format: str = option("auto", "auto: vicuna for LLaVA-1.5", ("auto", "vicuna", "chat"))
-    square: str = option("auto", "pictures, for vlm.convert's models", ("auto", "pad", "crop"))
-    dtype: str = option("auto", "of the base; auto: bf16 on CUDA", ("auto", "bfloat16", "float32"))
-    load_4bit: bool = option(False, "NF4 base weights (CUDA, bitsandbytes): for cards of 24 GB")
-    device: str = option("auto", "auto: CUDA when there is one", ("auto", "cuda", "cpu"))
-    grad_checkpointing: bool = option(False, "less memory, a third slower")
-    no_share_prefix: bool = option(False, "plain padded sequences, for models that cannot pack")
+    lora_r: int = 128
+    lora_alpha: int = 256
+    lora_dropout: float = 0.0
+    max_length: int = 2048
+    prompt_format: Literal["auto", "vicuna", "chat"] = "auto"
+    square: Literal["auto", "pad", "crop"] = "auto"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    load_4bit: bool = False
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    grad_checkpointing: bool = False
+    no_share_prefix: bool = False
     # run
-    eval_data: str = option(None, "held-out records: loss, accuracy and samples while training")
-    sample_every: int = option(50, "steps between held-out evaluations", above_0=True)
-    save_every: int = option(50, "steps between checkpoints; the last is saved", above_0=True)
-    resume: bool = option(False, "go on with the run in --out from its last checkpoint")
-    skip_bad: bool = option(False, "leave unusable records out and list them at the end")
-    allow_outside: bool = option(False, "permit image paths that leave the data file's folder")
-    cache: str = option("~/.cache/symmpo", "folder of the reference's log-probs")
-    workers: int = option(None, "processes that read ahead of the step; if not given, 2 on CUDA")
+    eval_data: str = None
+    sample_every: int = 50
+    save_every: int = 50
+    resume: bool = False
+    skip_bad: bool = False
+    allow_outside: bool = False
+    cache: str = "~/.cache/symmpo"
+    workers: int = None
 
     def check(self):
         """Refuse values without a meaning, and settle those that were not given."""
-        check_numbers(self, any_sign=("delta", "seed"))
+        check_numbers(self, any_sign=("delta", "seed"), above_0=ABOVE_0)
         if self.warmup >= 1 or self.lora_dropout >= 1:
             raise UserError("--warmup and --lora-dropout must be below 1")
         if not self.data:
@@ -216,7 +254,7 @@ def policy_table(run, rows, records):
     # On a GPU the adapters (fp32) run in bf16, and rows are packed into one sequence until it is
     # long enough to be worth a forward pass; on a CPU that gains nothing.
     on_cuda = options.device != "cpu"
-    tokens_per_forward = 2048 if on_cuda else 0
+    tokens_per_forward = 4096 if on_cuda else 0
     mixed = on_cuda and options.dtype == "bfloat16"
     with mixed_precision(run.policy, mixed, options.grad_checkpointing):
         packed = not options.no_share_prefix

@@ -1,4 +1,4 @@
-"""Speed and memory, side by side with other ways to do the same work.
+"""Speed and memory of the SymMPO step, side by side with its published layout.
 
     python -m speed --quick --json        small model, about a minute on two cores; JSON at the end
     python -m speed                       the mid-size model: the tables of docs/speed.md
@@ -7,15 +7,15 @@
 What is compared, at LLaVA-1.5's token counts:
 - ladder: the SymMPO step against its published layout (five padded sequences, logits at every
   position, the vision tower for each sequence, the reference in each step), one saving at a time;
-- trl: the DPO step against TRL's DPOTrainer (pip install "trl==1.16.*"; nothing else needs it);
 - memory: what a step adds to the resident set of a fresh process.
+
+`python -m tests.against_trl` compares the DPO step with TRL's DPOTrainer.
 
 How: one thread, random weights, the sides take turns in one process. Seconds are processor time (on
 a GPU, time on the wall). Ratios are medians over rounds with their quartiles, and stand beside the
 proof that both sides compute the same numbers.
 """
 
-import importlib.util
 import json
 import sys
 import tempfile
@@ -26,11 +26,10 @@ import torch
 
 from speed import measure
 from speed.measure import spread
-from speed.sides import MEMORY, RECORDS, RUNGS, Rung, Side, TRLSide, prepare, step_memory
+from speed.sides import RECORDS, RUNGS, Rung, Side, prepare, step_memory
 from speed.world import SIZES
 from support.cli import UserError, new_parser, run_command, within
 
-HAS_TRL = importlib.util.find_spec("trl") is not None
 EPOCHS = 4  # over which the cost of the cached reference is spread
 
 
@@ -73,40 +72,21 @@ def ladder(size, rounds, device):
     return [*rows, proof], {"five_sequence_time_ratio": rows[-1]["ratio"][0]}
 
 
-def against_trl(size, rounds, device):
-    """The DPO step against TRL's."""
-    with tempfile.TemporaryDirectory() as folder:
-        run = prepare(folder, size, "dpo", device)
-        ours = Side(run, Rung("ours"))
-        cached = Side(run, Rung("ours, reference cached", cached=True))
-        sides = {"TRL DPOTrainer": TRLSide(run, folder)}
-        sides |= {side.rung.name: side for side in (ours, cached)}
-        times, proof = compare(sides, rounds, device)
-    rows = ratios(times)
-    return [*rows, proof], {"trl_dpo_time_ratio": rows[-1]["ratio"][0]}
-
-
-def memories(size, rounds, device):
+def memory(size, rounds, device):
     """What the sides' steps add to the memory of a fresh process, MiB."""
     mib = {}
-    for kind in MEMORY:
-        if "TRL" in kind and not HAS_TRL:
-            continue
+    for rung in (RUNGS[0], Rung("ours")):
         with tempfile.TemporaryDirectory() as folder:
-            mib[kind] = measure.in_new_process(step_memory, kind, folder, size, device)
-    published, ours, trl_dpo, our_dpo = MEMORY
-    summary = {"five_sequence_memory_ratio": mib[published] / mib[ours]}
-    if trl_dpo in mib:
-        summary["trl_dpo_memory_ratio"] = mib[trl_dpo] / mib[our_dpo]
-    return [{"step": kind, "MiB": mib[kind]} for kind in mib], summary
+            mib[rung.name] = measure.in_new_process(step_memory, rung, folder, size, device)
+    published, ours = mib.values()
+    rows = [{"step": name, "MiB": value} for name, value in mib.items()]
+    return rows, {"five_sequence_memory_ratio": published / ours}
 
 
 # --- command line ---------------------------------------------------------------------------------
 
-SUMMARY = """
-five_sequence_time_ratio five_sequence_memory_ratio trl_dpo_time_ratio trl_dpo_memory_ratio
-max_logp_diff"""
-PARTS = {"ladder": ladder, "trl": against_trl, "memory": memories}
+SUMMARY = "five_sequence_time_ratio five_sequence_memory_ratio max_logp_diff"
+PARTS = {"ladder": ladder, "memory": memory}
 
 
 def options(argv):
@@ -136,9 +116,6 @@ def main(argv=None):
     differences = []
     for name in args.only:
         print(f"{name} ...", file=sys.stderr)
-        if name == "trl" and not HAS_TRL:
-            print('left out; it needs: pip install "trl==1.16.*"', file=sys.stderr)
-            continue
         rows, figures = PARTS[name](args.size, args.rounds, device)
         summary |= figures
         print(f"\n## {name}\n")

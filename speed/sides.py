@@ -99,88 +99,20 @@ def descend(trained, optimizer):
     optimizer.zero_grad()
 
 
-# --- TRL ------------------------------------------------------------------------------------------
-
-
-class TRLSide:
-    """TRL's DPOTrainer, step by step, with the weights, adapters, records and tokens of a run that
-    it takes over.
-
-    It skips logits that no label needs on a GPU alone: here it does so on the CPU, too. It seeds
-    anew before it makes adapters, so ours are copied over, and it adds no end token to records
-    with images, so it stands in their text.
-    """
-
-    def __init__(self, run, folder):
-        import datasets
-        import trl.trainer.utils
-
-        trl.trainer.utils._use_triton = lambda device: True  # asked there for "skip logits?" alone
-        vocabulary = run.policy.config.text_config.vocab_size
-        trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = min(32768, vocabulary)  # its buffer's width
-        prompts = run.prompts
-        end = prompts.tokenizer.convert_ids_to_tokens(prompts.end_token)
-        lines = []
-        for i in range(RECORDS):
-            record = run.examples.records[i]
-            line = {"images": [str(record["root"] / record["image"])]}
-            line["prompt"] = prompts.render(record["prompt"])
-            for name in ("chosen", "rejected"):
-                line[name] = prompts.separator + record[name] + end
-            lines.append(line)
-        dataset = datasets.Dataset.from_list(lines)
-        dataset = dataset.cast_column("images", datasets.List(datasets.Image()))
-
-        on_cpu = run.options.device == "cpu"
-        settings = {"use_cpu": on_cpu, "bf16": not on_cpu, "gradient_checkpointing": False}
-        settings |= {"per_device_train_batch_size": 1, "train_sampling_strategy": "sequential"}
-        settings |= {"beta": run.weights.beta, "max_length": None, "report_to": "none"}
-        policy, run.policy = run.policy, None
-        ours = {name: p.clone() for name, p in policy.state_dict().items() if "lora_" in name}
-        self.trainer = trl.DPOTrainer(
-            policy.unload(),
-            args=trl.DPOConfig(str(folder), **settings),
-            processing_class=prompts.processor,
-            train_dataset=dataset,
-            peft_config=policy.peft_config["default"],
-        )
-        found = self.trainer.model.load_state_dict(ours, strict=False)
-        self.trained = [p for p in self.trainer.model.parameters() if p.requires_grad]
-        same_adapters = not found.unexpected_keys and len(self.trained) == len(ours)
-        assert same_adapters, "other adapters than ours"
-        self.optimizer = torch.optim.AdamW(self.trained, lr=LR, weight_decay=0.0)
-        self.trainer.current_gradient_accumulation_steps = 1
-        self.batches = list(self.trainer.get_train_dataloader())
-        self.beta, self.run = run.weights.beta, run
-
-    def take_step(self, number):
-        loss = self.trainer.training_step(self.trainer.model, self.batches[number])
-        descend(self.trained, self.optimizer)
-        logged = self.trainer._metrics["train"]
-        policy = torch.full((3, 3, 1), torch.nan)
-        rho = policy.clone()
-        for response, name in ((symmpo.W, "chosen"), (symmpo.L, "rejected")):
-            policy[symmpo.M, response] = logged[f"logps/{name}"][-1]
-            rho[symmpo.M, response] = logged[f"rewards/{name}"][-1] / self.beta
-        return Result(policy, policy - rho, loss.item())
-
-
 # --- memory ---------------------------------------------------------------------------------------
 
-MEMORY = ("SymMPO, published", "SymMPO, ours", "DPO, TRL", "DPO, ours")
 
-
-def step_memory(kind, folder, size, device):
-    """Peak MiB of two steps; to be called in a fresh process."""
-    run = prepare(folder, size, "dpo" if "DPO" in kind else "symmpo", device)
-    if kind == "DPO, TRL":
-        side = TRLSide(run, folder)
-    else:
-        side = Side(run, RUNGS[0] if kind == "SymMPO, published" else Rung("ours"))
+def step_memory(rung, folder, size, device):
+    """Peak MiB of two SymMPO steps; to be called in a fresh process."""
+    run = prepare(folder, size, "symmpo", device)
+    side = Side(run, rung)
     run.policy = None
+    return two_steps(side, device)
 
-    def two_steps():
+
+def two_steps(side, device):
+    def work():
         side.take_step(0)
         side.take_step(1)
 
-    return peak_of(two_steps, device)
+    return peak_of(work, device)

@@ -1,8 +1,8 @@
 """A run's folder: checkpoint-N/ (adapter, optimiser, options), metrics.jsonl, curves.png.
 
 A checkpoint is whole or absent: it is written under another name, flushed and renamed, and older
-ones go only after that. It carries hashes of its files, of what metrics.jsonl was then, and of the
-records that were trained on: a run that goes on from it goes on with the same, or is refused.
+ones go only after that. It carries hashes of its files, metrics.jsonl as it was then, and hashes of
+the records that were trained on: a run that goes on from it goes on with the same, or is refused.
 """
 
 import hashlib

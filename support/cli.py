@@ -5,6 +5,7 @@ import dataclasses
 import math
 import re
 import sys
+import typing
 
 
 class UserError(Exception):
@@ -41,23 +42,15 @@ def kind_of(message):
     return re.sub(r"'[^']*'|\S*[\d/\\]\S*", "...", message)
 
 
-def option(default, text, choices=None, above_0=False):
-    """A field of an options dataclass: its default, what --help says, and whether 0 is refused."""
-    about = {"help": text, "choices": choices, "above_0": above_0}
-    return dataclasses.field(default=default, metadata=about)
-
-
-def check_numbers(options, any_sign=()):
-    """Refuse numbers of an options dataclass that are negative, infinite, NaN, or 0 where that has
-    no meaning. any_sign: names of those that may be negative."""
-    for field in dataclasses.fields(options):
-        value = getattr(options, field.name)
-        if not isinstance(value, (int, float)) or field.name in any_sign:
+def check_numbers(options, any_sign, above_0):
+    """Refuse numbers of an options dataclass that are infinite or NaN, negative (but those named in
+    any_sign), or 0 (those in above_0)."""
+    for name, value in vars(options).items():
+        if not isinstance(value, (int, float)) or name in any_sign:
             continue
-        above_0 = field.metadata.get("above_0", False)
-        if not 0 <= value < math.inf or (above_0 and value == 0):
-            least = "above" if above_0 else "at least"
-            raise UserError(f"{flag_of(field.name)} {value}: must be {least} 0")
+        if not 0 <= value < math.inf or (name in above_0 and value == 0):
+            least = "above" if name in above_0 else "at least"
+            raise UserError(f"{flag_of(name)} {value}: must be {least} 0")
 
 
 def flag_of(name):
@@ -66,25 +59,28 @@ def flag_of(name):
 
 
 def parse(options_class, description, argv, notes, **defaults):
-    """The command line as an instance of a dataclass whose fields are made with `option`.
+    """The command line as an instance of a dataclass.
 
-    A field `batch_size: int` is --batch-size N, and a field of type bool is a switch. Inherited
-    fields are shown in a group of their own. notes: {field: text} for its help, beside its own.
+    A field `batch_size: int` is --batch-size N, a bool is a switch, a Literal has choices; its help
+    is its line in the class's docstring. Inherited fields, with a help of their own, are shown in a
+    group of their own. notes: {field: text} beside the help.
     """
     parser = new_parser(description)
     own = parser.add_argument_group("run")
     inherited = parser.add_argument_group("loss", "without them, the objective's own")
+    help_of = dict(re.findall(r"(?m)^    (\w+) {2,}(.+)$", options_class.__doc__))
     for field in dataclasses.fields(options_class):
         group = own if field.name in options_class.__annotations__ else inherited
-        flag, text = flag_of(field.name), field.metadata["help"]
+        flag, text = flag_of(field.name), field.metadata.get("help") or help_of[field.name]
         if field.type is bool:
             group.add_argument(flag, action="store_true", help=text)
             continue
         note = notes.get(field.name, field.default)
         if note is not None:
             text = f"{text} ({note})"
-        choices = field.metadata.get("choices")
-        group.add_argument(flag, type=field.type, default=field.default, choices=choices, help=text)
+        choices = typing.get_args(field.type) or None
+        kind = str if choices else field.type
+        group.add_argument(flag, type=kind, default=field.default, choices=choices, help=text)
     parser.set_defaults(**defaults)
     return options_class(**vars(parser.parse_args(argv)))
 

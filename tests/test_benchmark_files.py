@@ -174,6 +174,19 @@ def test_pope_is_scored_as_officially(pope):
     assert metrics["mean"]["f1"] == pytest.approx(100 / 3)
 
 
+def test_repope_corrects_labels_and_leaves_questions_out(pope):
+    path = pope / "coco_pope_random.json"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[1]["label"] = "yes"
+    (pope / "coco_repope_random.json").write_text("\n".join(json.dumps(row) for row in rows[:3]))
+    questions = ask("pope", pope)
+    result = score("pope", answered("pope", questions, ["yes"] * 12), pope)
+    assert result["reading"].endswith("RePOPE")
+    assert result["metrics"]["random"]["precision"] == 50
+    assert result["metrics"]["repope random"]["precision"] == 100
+    assert "repope popular" not in result["metrics"]
+
+
 def test_pope_tsv_asks_a_question_in_each_of_its_categories(tmp_path):
     rows = []
     for number, categories in enumerate(("adversarial,popular,random", "random")):

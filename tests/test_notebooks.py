@@ -3,21 +3,38 @@
 Running them again is the business of .ci/run; here only what stands in the files is checked.
 """
 
+import ast
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
+from importlib import metadata
 from pathlib import Path
 
 import matplotlib
 import pytest
 
-from notebooks import exercises
+from notebooks import exercises, hosted
+from support.cli import UserError
+from test_layers import lines_and_tokens
 
 HERE = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(HERE.glob("*.ipynb"))
 
 
-def cells(path, kind):
-    return [c for c in json.loads(path.read_text("utf-8"))["cells"] if c["cell_type"] == kind]
+def cells(path, kind=None):
+    found = json.loads(path.read_text("utf-8"))["cells"]
+    return [cell for cell in found if kind in (None, cell["cell_type"])]
+
+
+def text_of(cell):
+    return "".join(cell["source"])
+
+
+def setup_of(path):
+    return text_of(cells(path, "code")[0])
 
 
 def test_there_are_notebooks_and_they_weigh_under_3_mb():
@@ -60,9 +77,7 @@ def test_shows_no_paths_or_warnings_of_the_machine_it_ran_on(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_cells_are_short_and_there_are_exercises(path):
-    code = [
-        c for c in cells(path, "code") if not c["metadata"].get("jupyter")
-    ]  # the first is folded
+    code = [cell for cell in cells(path, "code") if not cell["metadata"].get("jupyter")]
     texts = ["".join(c["source"]) for c in code]
     assert len(texts) <= 12
     for text in texts:
@@ -70,6 +85,7 @@ def test_cells_are_short_and_there_are_exercises(path):
     assert 1 <= sum(text.count("# yours") for text in texts) <= 8
     words = "".join("".join(c["source"]) for c in cells(path, "markdown"))
     assert "## What you can do now" in words and ("minutes" in words)
+    assert re.search(r"^\| symbol( or word)? \| meaning \|$", words, re.MULTILINE)
     if not path.name.startswith("00"):
         assert "Break it yourself" in words and "**Exercise" in words
 
@@ -88,13 +104,133 @@ def test_solutions_pass_and_blanks_fail(name):
     assert tried >= 1
 
 
-def test_blank_copies_have_no_solutions(tmp_path, capsys):
+def test_helpers_are_small_plain_and_documented():
+    lines, tokens = lines_and_tokens(HERE / "helpers.py")
+    assert tokens <= 2000 and tokens <= 10 * lines
+    for node in ast.walk(ast.parse((HERE / "helpers.py").read_text())):
+        if isinstance(node, ast.FunctionDef) and node.name not in (
+            "__init__",
+            "closure",
+            "do_POST",
+        ):
+            assert ast.get_docstring(node), node.name
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_tells_a_result_is_folded(path):
+    """What follows a cell begins with a heading or a bold word, or is folded away."""
+    found = cells(path)
+    for before, cell in zip(found, found[1:]):
+        if before["cell_type"] == "code" and cell["cell_type"] == "markdown":
+            left = exercises.FOLDED.sub("", text_of(cell)).strip()
+            assert not left or left.startswith(("## ", "**")), left[:100]
+
+
+def test_blank_copies_give_nothing_away(tmp_path, capsys):
     exercises.main(["--out", str(tmp_path)])
     for path in NOTEBOOKS:
         text = (tmp_path / path.name).read_text("utf-8")
-        assert "<details>" not in text
+        assert "<details>" not in text and "widget-state" not in text
+        came_out = set()
+        for cell in cells(path, "code"):
+            for out in cell["outputs"]:
+                came_out |= set(re.findall(r"[+-]?\d+\.\d+", "".join(out.get("text", []))))
+        known = {number for cell in cells(path) for number in given_numbers(text_of(cell))}
+        for cell in cells(tmp_path / path.name, "markdown"):
+            told = set(re.findall(r"[+-]?\d+\.\d+", text_of(cell)))
+            assert not told & came_out - known, f"{path.name}: {told & came_out - known}"
         for cell in cells(tmp_path / path.name, "code"):
             assert not cell["outputs"]
-            for line in "".join(cell["source"]).splitlines():
+            source = text_of(cell)
+            for node in ast.walk(ast.parse(source)):
+                if isinstance(node, ast.Assert):
+                    line = source.splitlines()[node.lineno - 1]
+                    assert "# yours" in source or "# checks" in line, line
+                    assert node.msg is None, line
+            for line in source.splitlines():
                 if "# yours" in line:
                     assert re.search(r"[=:] \.\.\.,?  # yours", line), line
+
+
+def given_numbers(source):
+    """Settings of the code, which outputs may repeat: beta = 0.1."""
+    return re.findall(r"(?:=|\(|, |: )([+-]?\d+\.\d+)", source)
+
+
+def test_badges_open_the_notebooks_where_they_are_published(tmp_path, monkeypatch, capsys):
+    for path in NOTEBOOKS:
+        shutil.copy(path, tmp_path)
+    monkeypatch.setattr(exercises, "HERE", tmp_path)
+    exercises.main(["--badges", "https://github.com/else/where", "--branch", "old"])
+    exercises.main(["--badges", "https://github.com/some-one/a.course.git"])
+    for path in NOTEBOOKS:
+        title = text_of(cells(tmp_path / path.name)[0])
+        place = f"some-one/a.course/blob/main/notebooks/{path.name}"
+        links = re.findall(r"\[!\[[^]]*\]\((https://[^)]*)\)\]\((https://[^)]*)\)", title)
+        assert [link for _, link in links] == [
+            f"https://colab.research.google.com/github/{place}",
+            f"https://kaggle.com/kernels/welcome?src=https://github.com/{place}",
+        ]
+        assert title.startswith("# ") and title.split("\n")[1].startswith("[![")
+        setup = setup_of(tmp_path / path.name)
+        assert 'environ.get("SYMMPO_REPOSITORY", "https://github.com/some-one/a.course")' in setup
+        assert cells(tmp_path / path.name)[2:] == cells(path)[2:], "all else is as it was"
+    for args in (["--badges", "git@github.com:a/b"], ["--out", "x", "--branch", "main"]):
+        with pytest.raises(UserError):
+            exercises.main(args)
+
+
+def test_all_notebooks_begin_with_the_same_setup():
+    assert len({setup_of(path) for path in NOTEBOOKS}) == 1
+    for path in NOTEBOOKS:
+        first, second, *_ = cells(path, "code")
+        assert first["metadata"] == second["metadata"] == {"jupyter": {"source_hidden": True}}
+
+
+def run_setup(folder, address, on_colab):
+    code = "import sys, types\n"
+    if on_colab:
+        code += 'sys.modules["google.colab"] = types.ModuleType("colab")\n'
+    code += f"{setup_of(NOTEBOOKS[0])}\nprint(ROOT)"
+    env = {**os.environ, "SYMMPO_REPOSITORY": address}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A repository that has what the setup cell needs."""
+    folder = tmp_path / "published"
+    (folder / "notebooks").mkdir(parents=True)
+    (folder / "symmpo.py").touch()
+    (folder / "requirements.txt").write_text(f"numpy=={metadata.version('numpy')}\n")
+    shutil.copy(HERE / "hosted.py", folder / "notebooks")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(folder)]
+    for args in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *args], check=True)
+    return folder
+
+
+def test_setup_finds_the_project_above_clones_it_on_colab_or_says_what_to_do(tmp_path, published):
+    inside = run_setup(published / "notebooks", "", on_colab=False)
+    assert inside.stdout.strip() == str(published)
+    (tmp_path / "elsewhere").mkdir()
+    for address, on_colab in (("", False), (str(published), False), ("", True)):
+        lost = run_setup(tmp_path / "elsewhere", address, on_colab)
+        assert lost.returncode == 1 and "Traceback" not in lost.stderr
+        assert "clone it" in lost.stderr and "ADDRESS" in lost.stderr
+    for _ in range(2):  # the second time it is there
+        found = run_setup(tmp_path / "elsewhere", f"file://{published}", on_colab=True)
+        assert found.stdout.strip() == str(tmp_path / "elsewhere" / "symmpo"), found.stderr
+
+
+def test_what_is_missing_of_the_requirements(tmp_path, capsys):
+    here = f"numpy=={metadata.version('numpy')}"
+    absent = ["numpy==0.1", "no-such-package-anywhere==1.0"]
+    assert hosted.missing([here, *absent, "jupyter==0.1"]) == absent
+    (tmp_path / "requirements.txt").write_text(here)
+    hosted.need_packages(tmp_path, install=True)
+    assert capsys.readouterr().out == ""
+    (tmp_path / "requirements.txt").write_text("\n".join([here, *absent]))
+    hosted.need_packages(tmp_path, install=False)
+    assert "numpy==0.1 no-such-package-anywhere==1.0" in capsys.readouterr().out

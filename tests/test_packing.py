@@ -83,13 +83,35 @@ def test_exact(family):
         assert (grad - expected_grad).abs().max() < GRAD_TOLERANCE * expected_grad.abs().max(), way
 
 
+def all_in_one(row_of, branch, like):
+    """A segment in which every token sees all before it."""
+    return [(slice(0, 0), slice(0, len(branch)), None)]
+
+
+@pytest.mark.parametrize("family", ["llava", "internvl"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_segments_attend_as_the_mask_says(family, checkpointing):
+    policy, rows = with_adapter(family)
+    if checkpointing:
+        policy.train().gradient_checkpointing_enable({"use_reentrant": False})
+
+    def sums(masked):
+        fresh = [dataclasses.replace(row, features=None) for row in rows]
+        return torch.stack([logp.sum() for logp in packed_logps(policy, fresh, masked)])
+
+    expected, expected_grad = values_and_grads(policy, sums(masked=True))
+    found, grad = values_and_grads(policy, sums(masked=False))
+    assert (found - expected).abs().max() < TOLERANCE
+    assert (grad - expected_grad).abs().max() < GRAD_TOLERANCE * expected_grad.abs().max()
+
+
 @pytest.mark.parametrize("family", PACKED)
 @pytest.mark.parametrize("control", ["mask", "positions", "image"])
 def test_controls_bite(family, control, monkeypatch):
     policy, rows = with_adapter(family)
     expected = separate(policy, rows).detach()
     if control == "mask":
-        monkeypatch.setattr(logprobs, "branch_mask", lambda *_: None)
+        monkeypatch.setattr(logprobs, "segments_of", all_in_one)
     if control == "positions":
         decoder(policy).register_forward_pre_hook(
             lambda module, args, kwargs: (

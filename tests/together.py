@@ -1,6 +1,6 @@
 """How many times faster fifteen questions an image are answered together than each by itself.
 
-    python -m tests.together --size mid --images 3
+    python -m tests.together --size mid --images 2
 
 A random LLaVA of speed/sizes.json with 576 image tokens and a real Llama tokenizer, one thread,
 AMBER's kinds of question, three new tokens each. The sides take turns on an image: one by one (a
@@ -33,7 +33,7 @@ FORMS += ("Are there two {}s in this image?", "Is there direct contact between t
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--size", default="mid")
-    parser.add_argument("--images", type=int, default=3)
+    parser.add_argument("--images", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(1)
     size = json.loads((ROOT / "speed" / "sizes.json").read_text())[args.size]

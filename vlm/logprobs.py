@@ -19,7 +19,8 @@ image tokens, for LLaVA). `packed_logps` runs the prefix once and puts all respo
         y_l           #            \\
         y'_w          #                  \\
 
-Exact for models with plain causal attention and one position per token (see exact.py).
+It is computed in segments (attention.py), or with the picture as a mask: the tests' oracle. Exact
+for models with plain causal attention and one position per token (see exact.py).
 """
 
 import math
@@ -29,6 +30,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from support.cli import UserError
+from vlm.attention import allow_segments, segments_of
 
 CHUNK = 128  # positions whose logits exist at the same time
 
@@ -130,7 +132,7 @@ def plain_logps(model, rows, all_logits=False):
 # --- packed --------------------------------------------------------------------------------------
 
 
-def packed_logps(model, rows):
+def packed_logps(model, rows, masked=False):
     """The same numbers from one sequence that holds all rows, each prefix once (picture above)."""
     ids, position, row_of, branch = [], [], [], []  # one entry for each token of the sequence
     predicting, targets = [], []  # the places that predict a response token, and these tokens
@@ -158,11 +160,13 @@ def packed_logps(model, rows):
         for numbers in (ids, position, row_of, branch, predicting, targets)
     )
     embeds = embed(model, rows, ids)
+    if masked:
+        seen = {"attention_mask": branch_mask(row_of, branch, embeds.dtype)}
+    else:
+        allow_segments()
+        seen = {"segments": segments_of(row_of.tolist(), branch.tolist(), embeds)}
     hidden = decoder(model)(
-        inputs_embeds=embeds,
-        position_ids=position[None],
-        attention_mask=branch_mask(row_of, branch, embeds.dtype),
-        use_cache=False,
+        inputs_embeds=embeds, position_ids=position[None], use_cache=False, **seen
     ).last_hidden_state[0]  # (tokens, width)
     logps = TokenLogProbs.apply(hidden[predicting], targets, base.get_output_embeddings())
     return logps.split([len(response) for row in rows for response in row.responses])

@@ -5,6 +5,7 @@ https://github.com/AoiDragon/POPE; numbers as its official scorer's.
     coco_pope_random.json     {"question_id": 1, "image": "COCO_val2014_000000310196.jpg",
     coco_pope_popular.json     "text": "Is there a snowboard in the image?", "label": "yes"}
     coco_pope_adversarial.json
+    coco_repope_*.json        the same with corrected labels (Neuhaus & Hein 2025), optional
     answers                   {"question": ..., "label": ..., "category": "random", "answer": ...}
 
 An answer is No if its first sentence has the word no, No or not, and else Yes. Protocol "symmpo"
@@ -35,6 +36,7 @@ def questions(folder, settings):
         for category in row["category"].split(","):  # a TSV has a question of all three once
             record = {
                 "question_id": row.get("question_id") or row["index"],
+                "picture": row.get("picture"),
                 "question": row["question"],
                 "label": row["answer"].lower(),
                 "category": category.strip().lower(),
@@ -46,19 +48,31 @@ def questions(folder, settings):
 
 
 def published_rows(folder):
-    """Of the three files, or of VLMEvalKit's TSV or the hub's parquet, in the latter's words."""
+    """Those of the three files, or of VLMEvalKit's TSV or the hub's parquet, in the latter's words.
+    "picture" is the image's name, by which RePOPE knows a question."""
     if not Path(folder, FIRST).is_file():
         return rows_of(folder, "POPE*.tsv", "*.parquet", FIRST)
     rows = []
     for category in CATEGORIES:
         for row in read(find(folder, f"coco_pope_{category}.json")):
             words = {"category": category, "question": row["text"], "answer": row["label"]}
-            rows.append({**row, **words})
+            rows.append({**row, **words, "picture": row["image"]})
     return rows
 
 
 def is_clear(text):
     return text.lower().startswith(("yes", "no"))
+
+
+def repope(folder):
+    """{(category, picture, question): corrected label}; RePOPE leaves out what is not clear."""
+    labels = {}
+    for category in CATEGORIES:
+        for place in (Path(folder), Path(folder, "annotations")):
+            path = place / f"coco_repope_{category}.json"
+            for row in read(path) if path.is_file() else ():
+                labels[category, row["image"], row["text"]] = row["label"]
+    return labels
 
 
 def yes_or_no(text):
@@ -71,17 +85,20 @@ def score(answers, folder, settings):
     """(metrics, how texts were read). Precision and F1 of the answer "yes"; 0 where the official
     scorer divides by zero. "mean" is over the categories that were asked."""
     need_fields(answers, dict.fromkeys((ANSWER, "question", "label", "category"), str))
-    counts = defaultdict(Counter)
+    corrected, counts = repope(folder), defaultdict(Counter)
     for row in answers:
-        said = yes_or_no(row[ANSWER])
+        said, category = yes_or_no(row[ANSWER]), row["category"]
         settings.cases.append(Case(said == row["label"], said, row["label"]))
-        counts[row["category"]][said, row["label"]] += 1
-    metrics = {category: rates(count) for category, count in counts.items()}
-    asked = list(metrics.values())
+        counts[category][said, row["label"]] += 1
+        label = corrected.get((category, row.get("picture"), row["question"]))
+        if label is not None:
+            counts[f"repope {category}"][said, label] += 1
+    metrics = {part: rates(count) for part, count in counts.items()}
+    asked = [metrics[category] for category in CATEGORIES if category in metrics]
     metrics["mean"] = {}
     for name in asked[0]:
         metrics["mean"][name] = sum(rate[name] for rate in asked) / len(asked)
-    return metrics, "no, not in the first sentence"
+    return metrics, "no, not in the first sentence" + ("; RePOPE" if corrected else "")
 
 
 def rates(count):
