@@ -21,8 +21,8 @@ def answer(model, prompts, questions, first=0, batch_size=16, seed=0, **decoding
 
     from vlm.generate import generate
 
-    bar = tqdm(total=len(questions), desc="answering", unit=" questions")
-    for start, batch in batches(questions, batch_size):
+    every = list(batches(questions, batch_size))
+    for start, batch in tqdm(every, desc="answering", unit=" batches"):
         if start + len(batch) > first:
             images = None
             if batch[0].image is not None:
@@ -31,8 +31,6 @@ def answer(model, prompts, questions, first=0, batch_size=16, seed=0, **decoding
             torch.manual_seed(seed + start)
             answers = generate(model, prompts, texts, images, **decoding)
             yield from answers[max(0, first - start) :]
-        bar.update(len(batch))
-    bar.close()
 
 
 def batches(questions, size):

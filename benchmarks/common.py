@@ -63,10 +63,9 @@ def read(path):
         if raw.startswith(b"version https://git-lfs"):
             raise UserError(f"{path}: a Git LFS pointer; `git lfs pull` fetches the file itself")
         if path.suffix == ".parquet":
-            import pyarrow
             import pyarrow.parquet
 
-            return pyarrow.parquet.read_table(pyarrow.BufferReader(raw)).to_pylist()
+            return pyarrow.parquet.ParquetFile(path).read().to_pylist()
         text = raw.decode("utf-8-sig").replace("\r\n", "\n").strip()
         if path.suffix == ".tsv":
             return tab_separated(text)

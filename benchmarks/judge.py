@@ -3,10 +3,9 @@
 from pathlib import Path
 from string import Template
 
-from benchmarks import BENCHMARKS
+from benchmarks import BENCHMARKS, well_formed
 from benchmarks.common import HERE, plain, read
 from support.chat import ask_in_order
-from support.cli import UserError
 from support.files import write_lines
 
 
@@ -17,13 +16,11 @@ def judge(args):
     answers = read(folder / "answers.jsonl")
     prompt = Template((HERE / args.benchmark / "judge.txt").read_text(encoding="utf-8"))
     messages_of, asked = getattr(benchmark, "judge_messages", user_message), {}
-    for number, row in enumerate(answers):
-        try:
+    with well_formed(args.benchmark, folder):
+        for number, row in enumerate(answers):
             messages = messages_of(prompt, row)
-        except KeyError as error:
-            raise UserError(f"{folder}/answers.jsonl: the judge needs the field {error}") from error
-        if messages is not None:
-            asked[number] = messages
+            if messages is not None:
+                asked[number] = messages
     replies = ask_in_order(
         list(asked.items()),
         folder / "judge_replies.jsonl",

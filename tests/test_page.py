@@ -51,6 +51,12 @@ def metrics(benchmark, answers, folder, **settings):
     return benchmarks.score(benchmark, answers, folder, Settings(**settings))["metrics"]
 
 
+def tiny_amber(dimension):
+    """What is said of the bundled set's questions, in the order in which they are asked."""
+    asked = benchmarks.BENCHMARKS["amber"].questions(TINY / "amber", Settings(dimension=dimension))
+    return [question.record for question in asked]
+
+
 @pytest.fixture
 def amber(tmp_path):
     """(the official fixture as a folder that can be asked, its answers)."""
@@ -87,9 +93,7 @@ def test_marked_words_are_what_amber_counts(amber, tmp_path):
 
 
 def test_yes_and_no_are_marked_as_amber_reads_them(tmp_path):
-    rows = read(TINY / "amber/query/query_all.json")
-    notes = read(TINY / "amber/annotations.json")
-    asked = [row for row in rows if notes[row["id"] - 1]["type"] != "generative"][:12]
+    asked = tiny_amber("d")[:12]
     said = ["Yes", "no.", "It might be a cup", "I do not think so, no"] * 3
     answers = [{**row, "response": text} for row, text in zip(asked, said)]
     for protocol in ("symmpo", "official"):
@@ -240,7 +244,7 @@ def test_what_was_broken_fixed_and_changed(tmp_path):
 
 
 def test_several_benchmarks_are_sections_and_texts_are_no_html(tmp_path):
-    amber = read(TINY / "amber/query/query_all.json")[:2]
+    amber = tiny_amber("a")[:2]
     evil = '<script>alert(1)</script> a cup & "a" <b>clock'
     texts = [evil, "<think>no cup</think>"]
     made = [{**row, "response": text, "cut": True} for row, text in zip(amber, texts)]
@@ -283,7 +287,7 @@ def test_a_part_of_a_benchmark_that_has_no_metrics_is_refused(tmp_path, capsys):
     ],
 )
 def test_answers_to_other_questions_are_refused_by_line(tmp_path, capsys, lines, message):
-    rows = [{**row, "response": "a cup"} for row in read(TINY / "amber/query/query_all.json")[:4]]
+    rows = [{**row, "response": "a cup"} for row in tiny_amber("a")[:4]]
     first = write_lines(tmp_path / "first.jsonl", rows[:3])
     given = [{**rows[0], **line} if line == {"response": 7} else line for line in lines]
     given = [rows[line] if isinstance(line, int) else line for line in given]

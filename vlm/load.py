@@ -147,12 +147,12 @@ def need_all_tensors(adapted, folder):
     from peft import get_peft_model_state_dict, load_peft_weights
 
     given, places = load_peft_weights(folder, "cpu"), get_peft_model_state_dict(adapted)
-    for names, what in (
-        (given.keys() - places.keys(), "of its tensors have no place in this model"),
-        (places.keys() - given.keys(), "tensors of this model's are not in it"),
-    ):
-        if names:
-            raise UserError(f"{len(names):,} {what}, such as {min(names)}: it is for another model")
+    odd = given.keys() ^ places.keys()
+    if odd:
+        raise UserError(
+            f"{len(odd):,} tensors are in it or in the model alone, such as {min(odd)}: it is "
+            "for another model"
+        )
     if not any(tensor.any() for name, tensor in given.items() if "lora_A" not in name):
         raise UserError("all of it is zero: it changes nothing, and was perhaps never trained")
 

@@ -130,9 +130,8 @@ class Prompts:
         if self.adds_space:
             before = before.removesuffix(" ")
 
-        special_ids = {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}
         for token in self.tokenizer(after, add_special_tokens=False).input_ids:
-            if token in special_ids:
+            if self.tokenizer.convert_ids_to_tokens(token) in self.special:
                 return before, token
         return before, self.tokenizer.eos_token_id
 

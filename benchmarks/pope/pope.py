@@ -19,7 +19,7 @@ from benchmarks.common import Case, find, need_fields, percent, question_about, 
 
 ITEMS, ANSWER, JUDGE = 9000, "answer", "none"
 CATEGORIES = ("random", "popular", "adversarial")
-FILES = tuple(f"coco_pope_{category}.json" for category in CATEGORIES)
+FIRST = "coco_pope_random.json"
 COLUMNS = {
     "F1 random↑": "random.f1",
     "F1 popular↑": "popular.f1",
@@ -50,11 +50,11 @@ def questions(folder, settings):
 def published_rows(folder):
     """Those of the three files, or of VLMEvalKit's TSV or the hub's parquet, in the latter's words.
     "picture" is the image's name, by which RePOPE knows a question."""
-    if not Path(folder, FILES[0]).is_file():
-        return rows_of(folder, "POPE*.tsv", "*.parquet", FILES[0])
+    if not Path(folder, FIRST).is_file():
+        return rows_of(folder, "POPE*.tsv", "*.parquet", FIRST)
     rows = []
-    for category, file in zip(CATEGORIES, FILES):
-        for row in read(find(folder, file)):
+    for category in CATEGORIES:
+        for row in read(find(folder, f"coco_pope_{category}.json")):
             words = {"category": category, "question": row["text"], "answer": row["label"]}
             rows.append({**row, **words, "picture": row["image"]})
     return rows
