@@ -20,8 +20,8 @@ def asked(llava, prefs, tmp_path_factory):
     (base / "query" / "query_all.json").write_text(
         json.dumps(
             [
-                {"id": i, "image": f"m{i}.png", "query": "Is it " + "very " * i + "big?"}
-                for i in range(10)
+                {"id": i, "image": f"m{i - 1}.png", "query": "Is it " + "very " * i + "big?"}
+                for i in range(1, 11)
             ]
         )
     )
