@@ -28,8 +28,11 @@ def write(files, folder, paper=None, differences=False):
             name += " (no judge)"
         if result.get("doubtful"):
             name += " (!)"
+        found = row_of(result)
+        if not result.get("row") and own.get(name, {}).keys() & found.keys():
+            name += f" ({len(own) + 1})"  # another model of this name
         row = own.setdefault(name, {})
-        for heading, value in row_of(result).items():
+        for heading, value in found.items():
             row.setdefault(heading, []).append(value)
         if differences:
             ours |= row

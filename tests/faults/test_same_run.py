@@ -16,7 +16,6 @@ from test_kill import job  # noqa: F401
 import train
 from conftest import ROOT
 from construct import contrast, responses, review
-from support.checkpoint import RunFolder
 from support.cli import UserError
 from support.formats import normalise
 from support.images import open_image
@@ -255,11 +254,6 @@ def test_nothing_is_written_over_what_is_read(prefs, tmp_path, capsys):
             module.main([str(path), "--out", str(data / "." / "prefs.jsonl"), *more])
         assert end.value.code == 2 and "records are read from it" in capsys.readouterr().err
     assert path.read_bytes() == whole
-
-
-def test_only_rank_0_writes(tmp_path):
-    RunFolder(tmp_path / "run", resume=False, rank=1)
-    assert not (tmp_path / "run").exists()
 
 
 def test_pictures_that_would_break_the_reader_are_refused(tmp_path):
