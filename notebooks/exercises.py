@@ -43,14 +43,16 @@ def blank(source):
 
 
 def write_blanks(out):
-    """A blank copy of each notebook in the folder out."""
+    """A blank copy of each notebook in the folder out, with none in it yet: a copy is work."""
     out.mkdir(parents=True, exist_ok=True)
+    if list(out.glob("*.ipynb")):
+        raise UserError(f"{out}: there are notebooks in it already; give another folder")
     for path in notebooks():
         notebook = read(path)
         for cell in notebook["cells"]:
             text = "".join(cell["source"])
             if cell["cell_type"] == "markdown":
-                cell["source"] = FOLDED.sub("", text).strip()
+                cell["source"] = FOLDED.sub("\n", text).strip()
             else:
                 cell["source"] = blank(text)
                 cell["outputs"], cell["execution_count"] = [], None
