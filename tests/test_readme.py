@@ -112,7 +112,7 @@ def test_defaults_are_those_of_the_table():
 def test_results_are_the_measured_ones():
     rows = json.loads((ROOT / "papers/results/miniature.json").read_text())["rows"]
     headings = list(rows["base"])
-    for line in report.table(rows, headings):
+    for line in report.table(rows, {}, headings, {}):
         assert line in (ROOT / "docs" / "results.md").read_text()
     by_label = {name.partition(", lr")[0]: row for name, row in rows.items()}
     for line in re.findall(r"^\| (?:base|SFT|DPO|mDPO|SymMPO) \|.*$", README, re.M):
