@@ -14,7 +14,9 @@ import json
 import os
 import re
 import sys
+import threading
 from collections import defaultdict
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -128,31 +130,35 @@ def ask_all(
 
 @contextlib.contextmanager
 def event_loop(client):
-    """(an asyncio.Runner, the set of its tasks). Requests go on whenever the loop is run. When it
-    ends, those that are under way have GRACE seconds to come."""
-    tasks = set()
-    with asyncio.Runner() as runner:
-        try:
-            yield runner, tasks
-        finally:
-            if tasks:
-                text = f"waiting {GRACE} s at most for {len(tasks)} replies that are under way"
-                print(text, file=sys.stderr)
-                late = asyncio.gather(*tasks, return_exceptions=True)
-                with contextlib.suppress(TimeoutError):
-                    runner.run(asyncio.wait_for(late, GRACE))
-            runner.run(client.close())
+    """(a function that starts a coroutine, the set of what it started). The loop is in a thread of
+    its own, since a notebook has one already. When it ends, replies that are under way have GRACE
+    seconds to come."""
+    loop, tasks = asyncio.new_event_loop(), set()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+
+    def start(coroutine):
+        return asyncio.run_coroutine_threadsafe(coroutine, loop)
+
+    try:
+        yield start, tasks
+    finally:
+        if tasks:
+            text = f"waiting {GRACE} s at most for {len(tasks)} replies that are under way"
+            print(text, file=sys.stderr)
+            wait(tasks, GRACE)
+        start(client.close()).result()
+        loop.call_soon_threadsafe(loop.stop)
 
 
-def answers(runner, tasks, ask, requests, limit):
+def answers(start, tasks, ask, requests, limit):
     """What ask(request) returns, in completion order; never more than `limit` under way."""
     left = iter(requests)
     while True:
         for request in islice(left, limit - len(tasks)):
-            tasks.add(runner.get_loop().create_task(ask(request)))
+            tasks.add(start(ask(request)))
         if not tasks:
             return
-        done, _ = runner.run(asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED))
+        done, _ = wait(tasks, return_when=FIRST_COMPLETED)
         task = done.pop()
         tasks.remove(task)
         yield task.result()

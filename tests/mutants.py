@@ -184,8 +184,8 @@ MUTANTS = [
     Mutant(
         "replies under way are waited for",
         "support/chat.py",
-        "asyncio.wait_for(late, GRACE)",
-        "asyncio.wait_for(late, 0)",
+        "wait(tasks, GRACE)",
+        "wait(tasks, 0)",
         "tests/faults/test_servers.py -k under_way",
     ),
     Mutant(

@@ -1,5 +1,6 @@
 """support/chat.py against a real server on the loopback that speaks the OpenAI chat protocol."""
 
+import asyncio
 import base64
 import contextlib
 import io
@@ -75,6 +76,15 @@ def test_passing_trouble_is_retried(serve, tmp_path, trouble):
     assert len(bodies) == 9
     good = [e for e in lines(tmp_path / "log.jsonl") if "reason" not in e]
     assert [e["usage"] for e in good] == [completion("")["usage"]] * 3
+
+
+def test_asks_from_inside_a_running_loop_such_as_a_notebooks(serve, tmp_path):
+    url, _ = serve(echo)
+
+    async def cell():
+        return ask(questions(2), tmp_path / "log", url)
+
+    assert asyncio.run(cell()) == {"q0": "re: question 0", "q1": "re: question 1"}
 
 
 def test_retry_after_is_obeyed(serve, tmp_path):
