@@ -67,7 +67,8 @@ class Prompts:
         self.special = {*self.tokenizer.all_special_tokens, *self.tokenizer.get_added_vocab()}
         # SentencePiece writes a space before the first word by itself.
         self.adds_space = self.tokenizer.tokenize("a")[0].startswith("▁")
-        self.adds_bos = self.tokenizer("a").input_ids[0] == self.tokenizer.bos_token_id
+        # Where it is the end token as well (Phi-2), no prompt begins with it.
+        self.has_bos = self.tokenizer.bos_token != self.tokenizer.eos_token
         self.separator, self.end_token = self._around_a_response()
 
     def encode(self, prompts, images=None):
@@ -103,7 +104,7 @@ class Prompts:
         if self.adds_space:
             text = text.rstrip(" ")  # the response brings its own
         bos = self.tokenizer.bos_token or ""
-        if self.adds_bos:
+        if self.has_bos:
             text = bos + text.removeprefix(bos)  # exactly one, whether or not the template has it
         return text
 
