@@ -53,7 +53,9 @@ def questions(folder, settings):
             asked.append(question_about(row, folder, "image", settings, row["query"]))
 
     def captions_then_images(question):
-        return notes[question.record["id"]]["type"] != "generative", question.image
+        if notes[question.record["id"]]["type"] == "generative":
+            return False, ""  # in the file's order
+        return True, question.image
 
     return sorted(asked, key=captions_then_images)  # an image's yes/no questions: read together
 
