@@ -6,7 +6,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks import BENCHMARKS, score
+from benchmarks import score
+from benchmarks.amber import amber
 from benchmarks.common import Settings, read
 from support.cli import UserError
 from support.files import drop_torn_line, lock, write_json
@@ -39,10 +40,11 @@ def batches(questions, size):
     start, batch = 0, []
     for image, group in groupby(questions, key=lambda question: question.image):
         group = list(group)
-        alike = batch and (batch[0].image is None) == (image is None)
-        if batch and not (alike and len(batch) + len(group) <= size):
-            yield start, batch
-            start, batch = start + len(batch), []
+        if batch:
+            alike = (batch[0].image is None) == (image is None)
+            if not alike or len(batch) + len(group) > size:
+                yield start, batch
+                start, batch = start + len(batch), []
         batch += group
         while len(batch) > size:
             yield start, batch[:size]
@@ -51,15 +53,13 @@ def batches(questions, size):
         yield start, batch
 
 
-def measure(model, prompts, folder, benchmark="amber", settings=None, **decoding):
-    """Generate and score in memory, without a file: what `score` returns."""
-    settings = settings or Settings()
-    module = BENCHMARKS[benchmark]
-    questions = module.questions(folder, settings)
+def measure(model, prompts, folder, **decoding):
+    """Generate and score a folder of AMBER's form in memory: what `score` returns."""
+    questions = amber.questions(folder, Settings())
     answers = []
     for text, question in zip(answer(model, prompts, questions, **decoding), questions):
-        answers.append({**question.record, module.ANSWER: text})
-    return score(benchmark, answers, folder, settings)
+        answers.append({**question.record, amber.ANSWER: text})
+    return score("amber", answers, folder)
 
 
 def before_and_after(policy, prompts, folder):

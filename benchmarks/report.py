@@ -38,14 +38,16 @@ def write(files, folder, paper=None, differences=False):
             ours |= row
     known = published(paper, results[0].get("model", ""))
     rows = own | known
-    headings = list(dict.fromkeys(heading for row in rows.values() for heading in row))
-    lines = table(rows, known, headings, ours) + [""] + made(results)
+    headings = {}  # in the order in which they come
+    for row in rows.values():
+        headings |= dict.fromkeys(row)
+    lines = table(rows, known, list(headings), ours) + [""] + made(results)
     if differences:
         lines += [""] + other_settings(results)
     text = "\n".join(lines)
     print(text)
     write_atomically(Path(folder, "report.md"), text + "\n")
-    draw(rows, headings, Path(folder, "report.png"))
+    draw(rows, list(headings), Path(folder, "report.png"))
 
 
 def row_of(result):

@@ -192,7 +192,9 @@ def ask(drafts, questions, step, role, args, parse=usable_text):
     questions: a list for each draft. Replies are kept in the step's log.
     """
     log = f"{args.out}.work/{step}.jsonl"
-    requests = {question.id(): question for own in questions for question in own}
+    requests = {}
+    for own in questions:
+        requests |= {question.id(): question for question in own}
     if getattr(args, f"{role}_url"):
         texts = dict(ask_server(requests, log, step, role, args, parse))
     else:

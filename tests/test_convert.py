@@ -314,6 +314,9 @@ def test_what_is_not_known_is_refused_by_its_name(tmp_path, capsys):
         original.write(**config)
         assert word in refused(original, out, capsys=capsys)
     original.write()
+    (original.tower_folder / "preprocessor_config.json").rename(tmp_path / "kept.json")
+    assert "preprocessor_config.json: not there" in refused(original, out, capsys=capsys)
+    (tmp_path / "kept.json").rename(original.tower_folder / "preprocessor_config.json")
     for name, word in (
         ("model.layers.0.self_attn.Wqkv.weight", "no place for this weight"),
         ("model.image_newline", "model.image_newline"),

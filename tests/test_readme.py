@@ -29,7 +29,7 @@ COMMANDS = (  # whose --help is asked
     "-m vlm.convert",
     "-m speed",
 )
-OF_OTHERS = {"target"}  # SimPO's
+OF_OTHERS = {"target", "local-dir"}  # SimPO's, hf's
 
 
 def page(name):

@@ -36,6 +36,8 @@ DECODERS = {"LlavaLlamaForCausalLM": "llama", "BunnyPhiForCausalLM": "phi"}
 
 
 def read_json(path):
+    if not path.is_file():
+        raise UserError(f"{path}: not there; checkpoint and vision tower are folders on this disk")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -46,9 +48,11 @@ def weights_in(folder, stem="model"):
     """{name: file} of a folder with safetensors or .bin files, in one piece or in shards."""
     patterns = (f"{stem}*.safetensors", f"pytorch_{stem}*.bin", f"{stem}.bin")
     for pattern in patterns:
-        files = sorted(Path(folder).glob(pattern))
-        if files:
-            return {name: file for file in files for name in tensors_in(file)}
+        found = {}
+        for file in sorted(Path(folder).glob(pattern)):
+            found |= dict.fromkeys(tensors_in(file), file)
+        if found:
+            return found
     raise UserError(f"{folder}: no weights in there ({', '.join(patterns)})")
 
 
@@ -243,6 +247,11 @@ def convert(args):
     Path(args.out).mkdir(parents=True, exist_ok=True)
     with lock(args.out):
         need_same_conversion(args)
+        save_processor(args, config, made, tokenizer)
+        made.architectures = ["LlavaForConditionalGeneration"]
+        made.save_pretrained(args.out)
+        ends = {name: config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        GenerationConfig(**ends, suppress_tokens=[length]).save_pretrained(args.out)
         files = sorted({file for file, _ in places.values()})
         index = {}
         for number, file in enumerate(files, start=1):
@@ -254,11 +263,6 @@ def convert(args):
             print(f"{number} of {len(files)}: {file} -> {out.name}", flush=True)
         contents = {"metadata": {}, "weight_map": index}
         write_json(Path(args.out, "model.safetensors.index.json"), contents)
-        save_processor(args, config, made, tokenizer)
-        made.architectures = ["LlavaForConditionalGeneration"]
-        made.save_pretrained(args.out)
-        ends = {name: config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        GenerationConfig(**ends, suppress_tokens=[length]).save_pretrained(args.out)
 
 
 def shapes_of(made):
@@ -299,7 +303,8 @@ def converted(file, inside, shapes, lora, rows):
             continue
         tensor = with_lora(tensors[own], original, lora)
         if original in ("model.embed_tokens.weight", "lm_head.weight"):
-            tensor = with_image_row(tensor[:rows], len(shapes[name]))
+            missing = len(shapes[name]) - rows  # the row for <image>, if there is none to spare
+            tensor = torch.nn.functional.pad(tensor[:rows], (0, 0, 0, missing))  # (tokens, width)
         shape, wanted = tuple(tensor.shape), tuple(shapes[name].shape)
         if shape != wanted:
             raise UserError(
@@ -307,12 +312,6 @@ def converted(file, inside, shapes, lora, rows):
             )
         result[name] = tensor.contiguous()
     return result
-
-
-def with_image_row(table, rows):
-    """A table of the vocabulary (tokens, width) with rows of zeros until it has so many."""
-    missing = table.new_zeros(rows - len(table), table.shape[1])
-    return torch.cat([table, missing])
 
 
 def write_weights(path, tensors):

@@ -63,7 +63,9 @@ def logp_table(model, rows, records, packed=True, tokens_per_forward=0, all_logi
     for group in groups_of(rows, tokens_per_forward):
         logps = packed_logps(model, group) if packed else plain_logps(model, group, all_logits)
         sums = torch.stack([logp.sum() for logp in logps])
-        cells = [(*cell, row.record) for row in group for cell in row.cells]
+        cells = []
+        for row in group:
+            cells += [(*cell, row.record) for cell in row.cells]
         image, response, record = torch.tensor(cells, device=table.device).T
         table = table.index_put((image, response, record), sums)
     return table
