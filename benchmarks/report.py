@@ -41,13 +41,13 @@ def write(files, folder, paper=None, differences=False):
     headings = {}  # in the order in which they come
     for row in rows.values():
         headings |= dict.fromkeys(row)
-    lines = table(rows, known, list(headings), ours) + [""] + made(results)
+    lines = table(rows, known, headings, ours) + [""] + made(results)
     if differences:
         lines += [""] + other_settings(results)
     text = "\n".join(lines)
     print(text)
     write_atomically(Path(folder, "report.md"), text + "\n")
-    draw(rows, list(headings), Path(folder, "report.png"))
+    draw(rows, headings, Path(folder, "report.png"))
 
 
 def row_of(result):
