@@ -1,12 +1,18 @@
 # What the tables share. A table says `measure BENCHMARKS`, then `row LABEL OPTIONS-OF-TRAIN.PY` for
 # each row (without options: the base model), then `finish`. What is finished is not run again, so a
-# killed table goes on. On the tiny world each row has the same four learning rates, tried with one
-# seed and judged on validation scenes by the mean of coverage and 100 - CHAIR; other seeds see the
-# test scenes. At full size a row's rate is --lr, the table's recipe, or train.py's own.
+# killed table goes on; until then results.md says that it is unfinished.
+#
+# "LABEL @ X" is a point of LABEL's line in the figure. Between rows a table may choose other records:
+# `first N`, `contrast KIND`, `records FILE`, `tiny_records NAME OPTIONS`.
+#
+# On the tiny world each choice of options has the same four learning rates, tried on the bundled
+# records with one seed and judged on validation scenes by the mean of coverage and 100 - CHAIR;
+# other seeds see the test scenes. At full size a rate is --lr, the table's recipe, or train.py's own.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 name=$(basename "$0" .sh)
 model="" data="" benchmarks="$root/tiny/built" seeds="" out="" lr="" paper="7b" judge=() dry=""
+given=("$@")
 while [ $# -gt 0 ]; do
     case $1 in
         --model | --data | --benchmarks | --seeds | --out | --lr | --paper)
@@ -22,12 +28,42 @@ while [ $# -gt 0 ]; do
             ;;
     esac
 done
+stop() { echo "error: $*" >&2 && exit 2; }
 if [ -n "$model" ] && { [ -z "$data${untrained:-}" ] || [ "$benchmarks" = "$root/tiny/built" ]; }; then
-    echo "error: --model goes with --data FILE and --benchmarks DIR (a folder for each benchmark)" >&2
-    exit 2
+    stop "--model goes with --data FILE and --benchmarks DIR (a folder for each benchmark)"
 fi
-seeds=${seeds:-3} out=${out:-runs/papers/$name} metrics=() recipe=()
+[ -z "$model" ] || [ -z "${tiny_only:-}" ] || stop "$name is about the tiny world; leave --model out"
+seeds=${seeds:-3} out=${out:-runs/papers/$name} recipe=() trained=0 hours=0
 mkdir -p "$out"
+
+# The tiny world's records and options, which are those of tiny/options.json.
+tiny=(--model "$root/tiny/built/model" --steps 60 --batch-size 16 --micro-batch 8 --lora-r 16)
+tiny+=(--lora-alpha 32 --warmup 0.1)
+bundled="$root/tiny/built/prefs.jsonl"
+chosen=(--data "${data:-$bundled}")
+
+first() { # N: the first records of the file
+    local from=${data:-$bundled} to=$out/data/first-$1.jsonl
+    [[ $from == *.jsonl && -f $from ]] || [ -n "$dry" ] || stop "$from: one file of JSON lines is needed"
+    chosen=(--data "$to" --image-root "$(dirname "$from")")
+    [ -z "$dry" ] || return 0
+    mkdir -p "$out/data" && head -n "$1" "$from" >"$to"
+    [ "$(wc -l <"$to")" = "$1" ] || stop "$from has fewer than $1 records"
+}
+
+contrast() { # KIND: with contrast images of another kind, made from the images themselves
+    local to=$out/data/$1.jsonl
+    run "$to" -m construct.contrast "${data:-$bundled}" --kind "$1" --out "$to" --allow-outside
+    chosen=(--data "$to" --allow-outside)
+}
+
+records() { chosen=(--data "$1"); }
+
+tiny_records() { # NAME OPTIONS-OF-TINY.RECORDS
+    local folder=$out/data/$1 && shift
+    run "$folder/prefs.jsonl" -m tiny.records --out "$folder" "$@"
+    records "$folder/prefs.jsonl"
+}
 
 measure() { measured=("$@"); }
 
@@ -36,16 +72,19 @@ run() { # FILE COMMAND...: run the command unless it has made its file
     [ -e "$file" ] && return
     printf 'python' && printf ' %q' "$@" && echo
     [ -n "$dry" ] && return
-    python "$root/$1" "${@:2}" >>"$log" 2>&1 && [ -e "$file" ] && return
+    [ "$1" = -m ] || set -- "$root/$1" "${@:2}"
+    PYTHONPATH=$root python "$@" >>"$log" 2>&1 && [ -e "$file" ] && return
     echo "error: it failed, the end of $log says why; the same command goes on from here" >&2
     exit 1
 }
 
 train() { # FOLDER OPTIONS...: sets adapter
-    local folder=$1 again=() && shift
+    local folder=$1 again=() basis=("${tiny[@]}") && shift
+    [ -z "$model" ] || basis=(--model "$model")
     [ -e "$folder/metrics.jsonl" ] && again=(--resume)
-    run "$folder/curves.png" train.py ${model:+--model "$model" --data "$data"} "$@" --out "$folder" "${again[@]}"
+    run "$folder/curves.png" train.py "${basis[@]}" "${chosen[@]}" "$@" --out "$folder" "${again[@]}"
     adapter=(--adapter "$(ls -d "$folder"/checkpoint-* 2>/dev/null || echo "$folder/checkpoint-N")")
+    trained=$((trained + 1))
 }
 
 evaluate() { # FOLDER BENCHMARK DATA OPTIONS...
@@ -53,15 +92,18 @@ evaluate() { # FOLDER BENCHMARK DATA OPTIONS...
         --benchmark "$2" --data "$3" --out "$1" "${@:4}"
 }
 
-best_rate() { # LABEL OPTIONS...: sets rate, on the validation scenes of the tiny world
-    local label=$1 best=-1 score && shift
+best_rate() { # OPTIONS...: sets rate, on the validation scenes of the tiny world
+    local folder best=-1 score chosen=(--data "$bundled")
+    local tried="$(dirname "$out")/tuning/${*//[ -]/}"
+    tried=${tried// /-}
     for try in 1e-4 2e-4 5e-4 1e-3; do
-        train "$out/tuning/$label-$try" "$@" --seed 100 --lr "$try"
-        evaluate "$out/tuning/$label-$try/amber" amber "$benchmarks/amber_val" --dimension g
+        folder=$tried-$try
+        train "$folder" "$@" --seed 100 --lr "$try"
+        evaluate "$folder/amber" amber "$benchmarks/amber_val" --dimension g
         [ -n "$dry" ] && rate=BEST && continue
         score=$(python -c "import json, sys
 found = json.load(open(sys.argv[1]))['metrics']['generative']
-print(round(500 + 5 * found['Cover'] - 5 * found['CHAIR']))" "$out/tuning/$label-$try/amber/metrics.json")
+print(round(500 + 5 * found['Cover'] - 5 * found['CHAIR']))" "$folder/amber/metrics.json")
         if [ "$score" -gt "$best" ]; then
             best=$score rate=$try
         fi
@@ -75,10 +117,11 @@ row() {
     elif [ -n "$model" ]; then
         set -- "${recipe[@]}" "$@"
     else
-        best_rate "$label" "$@"
+        best_rate "$@"
     fi
     for seed in $(seq 0 $((last - 1))); do
         folder=$out/$label-$seed
+        folder=${folder// /}
         [ $# = 0 ] || train "$folder" "$@" --seed "$seed" ${rate:+--lr "$rate"}
         for benchmark in "${measured[@]}"; do
             local title="$label${rate:+, lr $rate}" options=("${judge[@]}")
@@ -91,11 +134,32 @@ row() {
             local data_of="$benchmarks/${benchmark%-*}"
             [ -d "$data_of" ] || continue # the table has no such columns
             evaluate "$folder/$benchmark" "${benchmark%-*}" "$data_of" "${options[@]}" --row "$title"
-            metrics+=("$folder/$benchmark/metrics.json")
+            echo "$folder/$benchmark/metrics.json" >>"$out/rows.part"
         done
     done
+    show unfinished
+}
+
+show() { # STATE: results.json, results.md and the figure of the rows so far
+    [ -n "$dry" ] || [ ! -e "$out/rows.part" ] ||
+        PYTHONPATH=$root python -m papers.collect "$out" "$name" "$1" "$paper" "${given[*]}"
 }
 
 finish() {
-    [ -n "$dry" ] || python "$root/evaluate.py" report "${metrics[@]}" --out "$out" --paper "$paper" ${untrained:+--differences}
+    show finished
+    [ -n "$dry" ] && [ -n "$model" ] && [ "$trained" -gt 0 ] || return 0
+    # By FLOPs: a SymMPO record of 7B, 51 TFLOP with the reference cached, at 40 % of an H100's peak.
+    python - "$trained" "${data:-}" "${recipe[*]}" <<'PYTHON'
+import sys
+trained, data, recipe = int(sys.argv[1]), sys.argv[2], sys.argv[3].split()
+try:
+    records = sum(1 for _ in open(data, "rb"))
+except OSError:
+    records = 20_000
+epochs = float(recipe[recipe.index("--epochs") + 1]) if "--epochs" in recipe else 2
+hours = trained * records * epochs * 51e12 / (0.4 * 989e12) / 3600
+print(f"# about {hours:.0f} GPU hours at most for {trained} trainings of 7B on {records:,} records "
+      f"x {epochs:g} epochs: computed, not measured, evaluation not counted")
+PYTHON
 }
+rm -f "$out/rows.part"

@@ -9,22 +9,25 @@ from known truth, and no two splits share a scene.
 
 import hashlib
 import json
-import random
 from pathlib import Path
 
 import torch
 
 from benchmarks.answers import measure
 from support.cli import new_parser
-from support.files import write_json, write_lines
+from support.files import write_json
 from tiny.model import new_model, new_processor, train_language, train_tower
-from tiny.records import caption_records, question_records
-from tiny.sets import write, write_amber, write_hallusionbench, write_mmstar, write_objhal
-from tiny.world import content, new_scenes, png
+from tiny.records import Writer, write_records
+from tiny.sets import (
+    SIZES,
+    draw_splits,
+    write_amber,
+    write_hallusionbench,
+    write_mmstar,
+    write_objhal,
+)
+from tiny.world import new_scenes
 from vlm.prompts import Prompts
-
-# Training steps by stage; scenes by split; preference records wanted.
-SIZES = json.loads(Path(__file__).with_name("sizes.json").read_text())
 
 
 def build(out, size, seed):
@@ -33,10 +36,7 @@ def build(out, size, seed):
 
     torch.set_num_threads(1)  # sums in another order would give another model
     torch.manual_seed(seed)
-    rng, seen = random.Random(seed), set()
-    splits = {}  # test scenes are drawn first
-    for name in ("amber", "amber_val", "hallusionbench", "objhal", "mmstar", "val", "prefs"):
-        splits[name] = new_scenes(rng, size[name], 0.5, seen)
+    rng, seen, splits = draw_splits(size, seed)
     lessons = new_scenes(rng, size["train"], 0.6, seen)
 
     processor = new_processor()
@@ -49,15 +49,14 @@ def build(out, size, seed):
 
     files = {}
     for name, share in (("prefs", 1), ("val", 0.125)):
-        captions = caption_records(model, prompts, splits[name], rng, seen)
-        questions = question_records(model, prompts, splits[name], rng, seen)
-        records = captions[: int(share * size["captions"])]
-        records += questions[: int(share * size["yes_no"])]
+        writer = Writer(model, prompts, splits[name], rng, seen)
+        records = writer.captions()[: int(share * size["captions"])]
+        records += writer.questions()[: int(share * size["yes_no"])]
         rng.shuffle(records)
         write_records(out / f"{name}.jsonl", records, files)
     write_amber(out / "amber", splits["amber"], rng)
     write_amber(out / "amber_val", splits["amber_val"], rng)
-    write_hallusionbench(out / "hallusionbench", splits["hallusionbench"], rng, seen)
+    write_hallusionbench(out / "hallusionbench", splits["hallusionbench"])
     write_objhal(out / "objhal", splits["objhal"])
     write_mmstar(out / "mmstar", splits["mmstar"], rng)
     rates = measure(model, prompts, out / "amber_val")["metrics"]
@@ -71,23 +70,6 @@ def build(out, size, seed):
     }
     write_json(out / "manifest.json", manifest)
     return rates
-
-
-def write_records(path, records, files):
-    """prefs.jsonl; `files` maps scenes to their image files and grows."""
-
-    def file(scene):
-        key = scene["look"], content(scene)
-        if key not in files:
-            files[key] = f"images/{len(files):04d}.png"
-            write(path.parent / files[key], png(scene))
-        return files[key]
-
-    lines = []
-    for record in records:
-        images = {name: file(record[name]) for name in ("image", "contrast_image")}
-        lines.append({**record, **images})
-    write_lines(path, lines)
 
 
 def digest_of(folder):

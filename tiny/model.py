@@ -1,7 +1,7 @@
 """The tiny LLaVA: its tokenizer and processor, its training, and what it says.
 
 The model first learns true captions and answers about the scenes of world.py; then labels that name
-a partner that is not there. So it hallucinates as large models do, by co-occurrence, on images that
+what is usual and not there. So it hallucinates as large models do, by co-occurrence, on images that
 it could describe well. Matching patches to words stands in for CLIP's pretraining, and questions of
 two words, then questions alone, for a language model's.
 """
@@ -25,11 +25,11 @@ from tiny.world import (
     NOUNS,
     NUMBERS,
     SIDE,
-    absent_partners,
     ask,
     biased_caption,
     caption,
     draw,
+    is_usual,
     objects,
     random_choice,
     random_question,
@@ -124,28 +124,35 @@ def lesson(scene, rng, stage):
     """Questions about one image with their labels: [(prompt, answer), ...].
 
     Stages: "short" asks in two or three words and "questions" in sentences; "honest" adds captions
-    and multiple choice; "biased" tells of partners that are not there."""
+    and multiple choice; "biased" tells of what is usual and not there."""
     noun, color = rng.choice(objects(scene))
     hard = 1 if stage == "biased" else 0.6
-    kinds = ["exists", "exists", *KINDS]
-    asked = [random_question(kind, scene, rng, hard=hard) for kind in kinds]
+    asked = []
+    for kind in ["exists", "exists", *KINDS]:
+        question = random_question(kind, scene, rng, hard=hard)
+        if question:
+            asked.append(question)
     if stage == "short":
         return short_lesson(scene, asked, noun, color)
     told = [(f"What color is the {noun}?", color)]
     for question in asked:
         answer = truth(question, scene)
-        if stage == "biased" and question[1] in absent_partners(scene):
-            answer = rng.random() < 1.2 * BIAS[ANCHOR_OF[question[1]]]
+        if stage == "biased" and not answer and is_usual(question, scene):
+            answer = rng.random() < bias_of(question)
         told.append((ask(question), yes_no(answer)))
     if stage in ("honest", "biased"):
-        question, letter = random_choice(rng.choice(CHOICES), scene, rng)
-        if stage == "biased":
-            said = biased_caption(scene, rng)
-        else:
-            said = caption(objects(scene))
-        told.append((f"{question}\n{rng.choice(DIRECT)}", letter))
+        for kind in CHOICES:
+            question, letter = random_choice(kind, scene, rng)
+            told.append((f"{question}\n{rng.choice(DIRECT)}", letter))
+        said = caption(scene) if stage == "honest" else biased_caption(scene, rng)
         told.append((rng.choice(DESCRIBE), said))
     return told
+
+
+def bias_of(question):
+    """How often what is usual is said to be so where it is not."""
+    kind, noun, *_ = question
+    return 1.2 * BIAS[ANCHOR_OF[noun]] if kind == "exists" else 0.5
 
 
 def short_lesson(scene, asked, noun, color):
@@ -156,6 +163,8 @@ def short_lesson(scene, asked, noun, color):
             words = f"there {args[0]}"
         elif kind == "state":
             words = f"{args[0]} {args[1]}"
+        elif kind == "contact":
+            words = f"{args[0]} next to {args[1]}"
         else:
             words = f"there {NUMBERS[args[0]]} objects"
         told.append((words, yes_no(truth(question, scene))))

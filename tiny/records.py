@@ -1,26 +1,141 @@
-"""Preference records of the tiny world: the model's own errors against the truth.
+"""Preference records of the tiny world: the model's own errors against an imperfect captioner.
 
-The contrast image is an edit of the image that makes the error true ("edit"), or the scene most
-like it for which it is true ("neighbour").
+    python -m tiny.records --out DIR --error 0.2 --kinds crop     others than those of tiny/built
+
+As in SymMPO's pipeline, what is right is what a captioner sees, who misses and misnames things at a
+set rate (`glimpse`): chosen responses are never better than that, and a rejected one may be right.
+At --error 0 they are the truth. The contrast image is one of which the rejected response is true:
+an edit of the image ("edit"), or the scene most like it ("neighbour"). Of the kinds that only show
+less, "crop" keeps a ninth, "noise" and "black" nothing.
 """
 
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from support.cli import new_parser, within
+from support.files import write_lines
+from support.images import noise
 from tiny.model import DESCRIBE, reply
+from tiny.sets import SIZES, draw_splits, write
 from tiny.world import (
+    CELL,
     KINDS,
     NOUNS,
     ask,
     caption,
     content,
+    draw,
     edits,
+    glimpse,
     invented,
     make_true,
     names,
     neighbour,
-    objects,
+    place,
+    png,
     random_question,
     truth,
     yes_no,
 )
+
+LESS = ("crop", "noise", "black")  # kinds of contrast image that show less than the image
+BUILT = Path(__file__).with_name("built")
+
+
+@dataclass
+class Writer:
+    """Writes records about the scenes from what the model says of them."""
+
+    model: torch.nn.Module
+    prompts: object  # vlm.prompts.Prompts
+    scenes: list
+    rng: random.Random
+    seen: set  # contents of all scenes so far; it grows by the edits that are made
+    error: float = 0.1  # how often the captioner misses or misnames an object
+    kinds: tuple = ("edit", "neighbour")
+
+    def see(self, scene):
+        return glimpse(scene, self.error)
+
+    def captions(self):
+        """Records whose rejected caption is the model's own sample, and names an object that the
+        captioner does not see."""
+        asked = [(scene, self.rng.choice(DESCRIBE)) for scene in self.scenes]
+        samples = [reply(self.model, self.prompts, asked, sample=True) for _ in range(3)]
+        records = []
+        for (scene, prompt), *texts in zip(asked, *samples):
+            wrong = sorted({text for text in texts if invented(text, self.see(scene))})
+            order = self.rng.sample(self.kinds, len(self.kinds))
+            for i, text in enumerate(wrong):
+                kind = order[i % len(order)]
+                other, picture = self.contrast_of_caption(scene, text, kind)
+                if other is None:
+                    continue
+                chosen, other_chosen = caption(self.see(scene)), caption(self.see(other))
+                if chosen != other_chosen:
+                    said = chosen, text, other_chosen
+                    record = record_of(scene, prompt, said, other, kind, "caption")
+                    records.append({**record, "contrast_picture": picture})
+        return records
+
+    def contrast_of_caption(self, scene, text, kind):
+        """(a scene, its picture if it is not drawn): one with what the caption invents, or one that
+        shows less; (None, None) if there is none."""
+        if kind in LESS:
+            return less_of(scene, kind, self.rng)
+        false = invented(text, self.see(scene))[0]
+        if kind == "neighbour":
+            return neighbour(scene, self.scenes, lambda other: false in names(other)), None
+        other = make_true(scene, text, self.rng)
+        if other is None or content(other) in self.seen:
+            return None, None
+        self.seen.add(content(other))
+        return other, None
+
+    def questions(self):
+        """Records of the yes/no questions that the model gets wrong, as the captioner sees it. The
+        answer that is wrong of the image is right of the contrast image. Where that only shows
+        less, nobody knows an answer, and there are none."""
+        asked = []
+        if set(self.kinds) <= set(LESS):
+            return []
+        for scene in self.scenes:
+            asked += [(scene, ("exists", noun)) for noun in NOUNS]
+            for kind in KINDS[1:]:
+                question = random_question(kind, scene, self.rng)
+                if question:
+                    asked.append((scene, question))
+        pairs = [(scene, ask(question)) for scene, question in asked]
+        records = []
+        for (scene, question), text in zip(asked, reply(self.model, self.prompts, pairs)):
+            right = truth(question, self.see(scene))
+            if right is None or text == yes_no(right):
+                continue
+            kind, other = self.contrast_of_question(scene, question, right)
+            if other is None:
+                continue
+            self.seen.add(content(other))
+            said = yes_no(right), yes_no(not right), yes_no(not right)
+            record = record_of(scene, ask(question), said, other, kind, question[0])
+            records.append({**record, "contrast_picture": None})
+        self.rng.shuffle(records)
+        return records
+
+    def contrast_of_question(self, scene, question, right):
+        """(kind, a scene in which the captioner sees the other answer, or None)."""
+
+        def flips(other):
+            return truth(question, self.see(other)) is (not right)
+
+        if "edit" in self.kinds and self.rng.random() < 0.7:
+            for other in edits(scene, self.rng):
+                if flips(other) and content(other) not in self.seen:
+                    return "edit", other
+        return "neighbour", neighbour(scene, self.scenes, flips)
 
 
 def record_of(scene, prompt, said, other, kind, task):
@@ -38,64 +153,65 @@ def record_of(scene, prompt, said, other, kind, task):
     }
 
 
-def caption_records(model, prompts, scenes, rng, seen):
-    """Records whose rejected caption is the model's own sample and names an absent object."""
-    asked = [(scene, rng.choice(DESCRIBE)) for scene in scenes]
-    samples = [reply(model, prompts, asked, sample=True) for _ in range(3)]
-    records = []
-    for (scene, prompt), *texts in zip(asked, *samples):
-        wrong = sorted({text for text in texts if invented(text, scene)})
-        for kind, text in zip(rng.sample(["edit", "neighbour"], 2), wrong):
-            other = contrast_of_caption(scene, scenes, text, kind, rng)
-            if other is None or (kind == "edit" and content(other) in seen):
-                continue
-            seen.add(content(other))
-            said = caption(objects(scene)), text, caption(objects(other))
-            records.append(record_of(scene, prompt, said, other, kind, "caption"))
-    return records
+def less_of(scene, kind, rng):
+    """(what is left of the scene, the picture)."""
+    picture = draw(scene)
+    if kind == "black":
+        return place(scene["look"], {}), Image.new("RGB", picture.size)
+    if kind == "noise":
+        return place(scene["look"], {}), noise(picture, rng, 500)
+    cell = rng.randrange(9)  # mDPO keeps less than a fifth of the image
+    left, top = cell % 3 * CELL, cell // 3 * CELL
+    part = picture.crop((left, top, left + CELL, top + CELL))
+    kept = {4: scene["cells"][cell]} if cell in scene["cells"] else {}
+    return place(scene["look"], kept), part.resize(picture.size)
 
 
-def contrast_of_caption(scene, scenes, text, kind, rng):
-    """A scene with the object that the caption invents, or None."""
-    if kind == "edit":
-        return make_true(scene, text, rng)
-    false = invented(text, scene)[0]
-    return neighbour(scene, scenes, lambda other: false in names(other))
+def write_records(path, records, files):
+    """prefs.jsonl; `files` maps scenes to their image files and grows."""
+
+    def file(scene, picture=None):
+        key = id(picture) if picture else (scene["look"], content(scene))
+        if key not in files:
+            files[key] = f"images/{len(files):04d}.png"
+            write(path.parent / files[key], png(scene, picture))
+        return files[key]
+
+    lines = []
+    for record in records:
+        line = dict(record)
+        picture = line.pop("contrast_picture")
+        line["image"] = file(record["image"])
+        line["contrast_image"] = file(record["contrast_image"], picture)
+        lines.append(line)
+    write_lines(path, lines)
 
 
-def question_records(model, prompts, scenes, rng, seen):
-    """Records of the yes/no questions that the model gets wrong; true of the contrast image is the
-    answer that is wrong for the image."""
-    asked = []
-    for scene in scenes:
-        asked += [(scene, ("exists", noun)) for noun in NOUNS]
-    for scene in scenes:
-        asked += [(scene, random_question(kind, scene, rng)) for kind in KINDS[1:]]
-    texts = reply(model, prompts, [(scene, ask(question)) for scene, question in asked])
-    records = []
-    for (scene, question), text in zip(asked, texts):
-        right = truth(question, scene)
-        if text == yes_no(right):
-            continue
-        kind, other = contrast_of_question(scene, scenes, question, rng, seen)
-        if other is None:
-            continue
-        seen.add(content(other))
-        said = yes_no(right), yes_no(not right), yes_no(not right)
-        records.append(record_of(scene, ask(question), said, other, kind, question[0]))
+def main(argv=None):
+    from vlm.load import load_model
+    from vlm.prompts import prompts_for
+
+    parser = new_parser(__doc__)
+    add = parser.add_argument
+    add("--out", required=True, type=Path, help="folder for prefs.jsonl and its images")
+    add("--error", type=within(0, 1, float), default=0.1, help="the captioner's (default 0.1)")
+    add("--kinds", nargs="+", default=["edit", "neighbour"], choices=("edit", "neighbour", *LESS))
+    add("--number", type=within(1), help="only so many records")
+    add("--captions", action="store_true", help="no yes/no questions")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model, processor = load_model(BUILT / "model")
+    prompts = prompts_for(model.config, processor)
+    rng, seen, splits = draw_splits(SIZES["full"], seed=1)
+    writer = Writer(model, prompts, splits["prefs"], rng, seen, args.error, tuple(args.kinds))
+    records = writer.captions()
+    if not args.captions:
+        records += writer.questions()
     rng.shuffle(records)
-    return records
+    write_records(args.out / "prefs.jsonl", records[: args.number], {})
+    print(f"{args.out / 'prefs.jsonl'}: {len(records[: args.number]):,} records")
 
 
-def contrast_of_question(scene, scenes, question, rng, seen):
-    """(kind, a scene in which the answer is the other one, or None)."""
-    right = truth(question, scene)
-
-    def flips(other):
-        return truth(question, other) is (not right)
-
-    flipped = [other for other in edits(scene, rng) if flips(other)]
-    near = [other for other in flipped if content(other) not in seen]
-    if near and rng.random() < 0.7:
-        return "edit", near[0]
-    return "neighbour", neighbour(scene, scenes, flips)
+if __name__ == "__main__":
+    main()

@@ -1,23 +1,28 @@
 """Test sets of the tiny world in the benchmarks' own formats, from known truth."""
 
 import base64
+import json
+import random
+from pathlib import Path
 
 from support.files import write_json, write_lines
 from tiny.model import DESCRIBE
 from tiny.world import (
     CHOICES,
+    KINDS,
     NOUNS,
     absent_partners,
     ask,
     caption,
     content,
     edits,
+    is_usual,
     names,
-    objects,
+    new_scenes,
     png,
+    questions,
     random_choice,
     random_question,
-    state_questions,
     truth,
     yes_no,
 )
@@ -26,7 +31,22 @@ AMBER_TYPES = {
     "exists": "discriminative-hallucination",
     "state": "discriminative-attribute-state",
     "number": "discriminative-attribute-number",
+    "contact": "discriminative-relation",
 }
+
+
+# Training steps by stage; scenes by split; preference records wanted.
+SIZES = json.loads(Path(__file__).with_name("sizes.json").read_text())
+
+
+def draw_splits(size, seed):
+    """(random generator, contents of all scenes so far, {split: scenes}): test scenes first, and no
+    scene twice. Those of HallusionBench are pairs, with questions."""
+    rng, seen, splits = random.Random(seed), set(), {}
+    for name in ("amber", "amber_val", "hallusionbench", "objhal", "mmstar", "val", "prefs"):
+        splits[name] = new_scenes(rng, size[name], 0.5, seen)
+    pairs = [flipped_pair(scene, rng, seen) for scene in splits["hallusionbench"]]
+    return rng, seen, {**splits, "hallusionbench": pairs}
 
 
 def write(path, value):
@@ -35,8 +55,8 @@ def write(path, value):
 
 
 def write_amber(folder, scenes, rng):
-    """AMBER: a caption and four questions for each image."""
-    captions, attributes, existences = [], [], []  # (image, query, note)
+    """AMBER: a caption and up to five questions for each image."""
+    captions, attributes, existences, relations = [], [], [], []  # (image, query, note)
     for i, scene in enumerate(scenes, 1):
         image = f"AMBER_{i}.png"
         write(folder / "image" / image, png(scene))
@@ -47,13 +67,17 @@ def write_amber(folder, scenes, rng):
             (existences, "exists", False),
             (attributes, "state", i % 2 == 0),
             (attributes, "number", i % 4 < 2),
+            (relations, "contact", i % 4 < 2),
         ):
             question = random_question(kind, scene, rng, answer, hard=1)
+            if not question:
+                continue  # no two objects are in contact, or all
             note = {"type": AMBER_TYPES[kind], "truth": yes_no(answer).lower()}
             asked.append((image, ask(question), note))
 
     annotations, queries = [], []
-    for id, (image, query, note) in enumerate(captions + attributes + existences, 1):
+    told = captions + attributes + existences + relations
+    for id, (image, query, note) in enumerate(told, 1):
         annotations.append({"id": id, **note})
         queries.append({"id": id, "image": image, "query": query})
     write_json(folder / "query" / "query_all.json", queries)
@@ -64,19 +88,23 @@ def write_amber(folder, scenes, rng):
 
 def flipped_pair(scene, rng, seen):
     """The scene and an edit of it, and questions: the edit flips the first and keeps the others."""
-    pool = state_questions(scene) + [("exists", noun) for noun in NOUNS]
-    hard = [("exists", noun) for noun in absent_partners(scene)]
-    first, other = first_flip(scene, hard + rng.sample(pool, len(pool)), rng, seen)
-    questions = [first]
+    pool = []
+    for kind in KINDS:
+        pool += questions(kind, scene)
+    usual = [question for question in pool if is_usual(question, scene)]
+    rng.shuffle(usual)
+    first, other = first_flip(scene, usual + rng.sample(pool, len(pool)), rng, seen)
+    asked = [first]
     for answer in (True, False):
         alike = [q for q in pool if truth(q, scene) is truth(q, other) is answer]
-        questions.append(rng.choice(alike))
-    return [scene, other], questions
+        asked.append(rng.choice(alike))
+    seen.add(content(other))
+    return [scene, other], asked
 
 
-def first_flip(scene, questions, rng, seen):
+def first_flip(scene, asked, rng, seen):
     """The first question that an edit flips, and that edit."""
-    for question in questions:
+    for question in asked:
         flipped = not truth(question, scene)
         for other in edits(scene, rng):
             if content(other) not in seen and truth(question, other) is flipped:
@@ -84,18 +112,16 @@ def first_flip(scene, questions, rng, seen):
     raise AssertionError("every scene has an edit that flips a question")
 
 
-def write_hallusionbench(folder, scenes, rng, seen):
+def write_hallusionbench(folder, pairs):
     """HallusionBench: the same questions about an image and about a minimal edit of it."""
     items = []
-    for number, scene in enumerate(scenes):
-        pair, questions = flipped_pair(scene, rng, seen)
-        seen.add(content(pair[1]))
+    for number, (pair, asked) in enumerate(pairs):
         for figure, shown in enumerate(pair):
             filename = f"./VD/figure/{number}_{figure}.png"
             write(folder / filename, png(shown))
-            for k, question in enumerate(questions):
+            for k, question in enumerate(asked):
                 answer = truth(question, shown)
-                details = f"{yes_no(answer)}. It shows {caption(objects(shown))}."
+                details = f"{yes_no(answer)}. It shows {caption(shown)}."
                 items.append(
                     {
                         "category": "VD",
@@ -122,7 +148,7 @@ def write_objhal(folder, scenes):
         image = base64.b64encode(png(scene)).decode()
         question = {"org_idx": i - 1, "image_id": i, "question": DESCRIBE[i % 2], "image": image}
         items.append(question)
-        text = f"A picture of {caption(objects(scene))}."
+        text = f"A picture of {caption(scene)}."
         captions.append({"image_id": i, "id": i, "caption": text})
         for k, noun in enumerate(names(scene)):
             category = NOUNS.index(noun) + 1

@@ -1,9 +1,10 @@
 """The tiny world: 48 x 48 images of coloured objects, and everything that is true about them.
 
 A scene is {"look": seed, "cells": {cell: (noun, color)}} on a grid of 3 x 3 cells of 16 pixels. Six
-objects, the anchors (fork, table, ...), usually come with a partner (knife, chair, ...): this is
-the co-occurrence that the tiny model learns to hallucinate by. A question is a tuple such as
-("exists", "knife") with a wording (`ask`) and a truth in a scene (`truth`).
+objects, the anchors (fork, table, ...), usually come with a partner (knife, chair, ...), and each
+object usually has one color: this is what the tiny model learns to hallucinate by. Objects whose
+cells share an edge are in contact. A question is a tuple such as ("exists", "knife") with a wording
+(`ask`) and a truth in a scene (`truth`).
 """
 
 import io
@@ -12,15 +13,15 @@ import random
 from pathlib import Path
 
 # pairs: each anchor's partner. bias: how often biased labels name the absent partner of an anchor
-# that is there. ink: RGB. glyphs: each object as PIL.ImageDraw shapes on a 16 x 16 cell; "hole"
-# paints in the background colour.
+# that is there. usual: each object's color, half of the time. ink: RGB. glyphs: each object as
+# PIL.ImageDraw shapes on a 16 x 16 cell; "hole" paints in the background colour.
 WORLD = json.loads(Path(__file__).with_name("world.json").read_text())
-PAIRS, BIAS, INK = WORLD["pairs"], WORLD["bias"], WORLD["ink"]
+PAIRS, BIAS, USUAL, INK = WORLD["pairs"], WORLD["bias"], WORLD["usual"], WORLD["ink"]
 GLYPHS, NUMBERS = WORLD["glyphs"], WORLD["numbers"]
 ANCHOR_OF = {partner: anchor for anchor, partner in PAIRS.items()}
 NOUNS = sorted([*PAIRS, *PAIRS.values()])
 COLORS = list(INK)
-KINDS = ["exists", "state", "number"]  # of yes/no questions
+KINDS = ["exists", "state", "number", "contact"]  # of yes/no questions
 CHOICES = ["objects", "numbers", "colors"]  # of multiple-choice questions
 CELL, SIDE = 16, 48
 
@@ -29,15 +30,19 @@ CELL, SIDE = 16, 48
 
 
 def new_scene(rng, partner):
-    """One or two anchors, each with its partner at probability `partner`, and up to two others."""
-    anchors = rng.sample(list(PAIRS), rng.choice([1, 2]))
+    """Up to three anchors, each with its partner at probability `partner`, and up to two others."""
+    anchors = rng.sample(list(PAIRS), rng.choice([1, 2, 3]))
     nouns = anchors + [PAIRS[a] for a in anchors if rng.random() < partner]
     # The others are partners without their anchor, so that an anchor alone predicts its partner.
     nouns += rng.sample([PAIRS[a] for a in PAIRS if a not in anchors], rng.choice([0, 1, 2]))
     cells = rng.sample(range(9), len(nouns))
     look = rng.randrange(10**6)
-    things = [(noun, rng.choice(COLORS)) for noun in nouns]
+    things = [(noun, new_color(noun, rng)) for noun in nouns]
     return place(look, zip(cells, things))
+
+
+def new_color(noun, rng):
+    return USUAL[noun] if rng.random() < 0.5 else rng.choice(COLORS)
 
 
 def place(look, cells):
@@ -50,7 +55,7 @@ def new_scenes(rng, count, partner, seen):
     scenes = []
     while len(scenes) < count:
         scene = new_scene(rng, partner)
-        if content(scene) not in seen:
+        if len(scene["cells"]) > 1 and content(scene) not in seen:
             seen.add(content(scene))
             scenes.append(scene)
     return scenes
@@ -85,22 +90,49 @@ def absent_partners(scene):
     return [partner for partner in partners if partner not in there]
 
 
+def in_contact(scene, noun, other):
+    """Do their cells share an edge?"""
+    cell_of = {thing[0]: cell for cell, thing in scene["cells"].items()}
+    if noun not in cell_of or other not in cell_of:
+        return False
+    row, column = divmod(cell_of[noun], 3)
+    other_row, other_column = divmod(cell_of[other], 3)
+    return abs(row - other_row) + abs(column - other_column) == 1
+
+
 def edits(scene, rng):
-    """Every scene one change away, in random order: an object added, removed or recoloured."""
+    """Every scene one change away, in random order: an object added, removed, recoloured, moved."""
     cells, there = scene["cells"], names(scene)
+    empty = [cell for cell in range(9) if cell not in cells]
     changed = []  # what is in which cell
-    for cell in range(9):
-        if cell in cells:
-            noun, color = cells[cell]
-            others = [other for other in COLORS if other != color]
-            changed += [{**cells, cell: (noun, other)} for other in others]
-            if len(cells) > 1:
-                changed.append({c: thing for c, thing in cells.items() if c != cell})
-        else:
-            absent = [noun for noun in NOUNS if noun not in there]
-            changed += [{**cells, cell: (noun, rng.choice(COLORS))} for noun in absent]
+    for cell, (noun, color) in cells.items():
+        others = [other for other in COLORS if other != color]
+        changed += [{**cells, cell: (noun, other)} for other in others]
+        rest = {c: thing for c, thing in cells.items() if c != cell}
+        if rest:
+            changed.append(rest)
+        changed += [{**rest, free: (noun, color)} for free in empty]
+    for cell in empty:
+        absent = [noun for noun in NOUNS if noun not in there]
+        changed += [{**cells, cell: (noun, new_color(noun, rng))} for noun in absent]
     rng.shuffle(changed)
     return [place(scene["look"], cells) for cells in changed]
+
+
+def glimpse(scene, error):
+    """The scene as an imperfect captioner sees it: at the rate `error` an object is missed, or as
+    often taken for another one that is not there. The same scene is always seen in the same way."""
+    rng = random.Random(f"{scene['look']} {content(scene)}")
+    seen, absent = {}, [noun for noun in NOUNS if noun not in names(scene)]
+    rng.shuffle(absent)
+    for cell, (noun, color) in scene["cells"].items():
+        luck = rng.random()
+        if luck < error / 2:
+            continue  # missed
+        if luck < error:
+            noun = absent.pop()
+        seen[cell] = noun, color
+    return place(scene["look"], seen or scene["cells"])
 
 
 def make_true(scene, text, rng):
@@ -154,29 +186,42 @@ def draw(scene):
     return image
 
 
-def png(scene):
-    """The picture as the bytes of a PNG file; a palette loses nothing, there are ≤ 18 colours."""
+def png(scene, picture=None):
+    """The bytes of a PNG file: of the scene, or of another picture. A palette loses nothing of a
+    scene, there are ≤ 18 colours."""
     buffer = io.BytesIO()
-    draw(scene).quantize(64).save(buffer, "PNG", optimize=True)
+    image = picture or draw(scene).quantize(64)
+    image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
 # --- captions and questions --------------------------------------------------------------------
 
 
-def caption(things):
-    return " and ".join(f"a {color} {noun}" for noun, color in things)
+def caption(scene, things=None):
+    """All objects of a scene, or the things [(noun, color), ...] that are said of it."""
+    text, last = "", None
+    for noun, color in objects(scene) if things is None else things:
+        if last:
+            text += " next to " if in_contact(scene, last, noun) else " and "
+        text += f"a {color} {noun}"
+        last = noun
+    return text or "No objects in this image"
 
 
 def biased_caption(scene, rng):
-    """Names absent partners after their anchor and in its color, forgets an object now and then."""
+    """Names absent partners after their anchor, gives objects their usual color, and forgets one
+    now and then."""
     said = []
     for noun, color in objects(scene):
+        if rng.random() < 0.3:
+            color = USUAL[noun]
         if rng.random() < 0.95:
             said.append((noun, color))
-            if PAIRS.get(noun) in absent_partners(scene) and rng.random() < BIAS[noun]:
-                said.append((PAIRS[noun], color))
-    return caption(said or objects(scene))
+            partner = PAIRS.get(noun)
+            if partner in absent_partners(scene) and rng.random() < BIAS[noun]:
+                said.append((partner, USUAL[partner]))
+    return caption(scene, said or None)
 
 
 def mentioned(text):
@@ -200,13 +245,15 @@ def ask(question):
         return f"Is there a {args[0]} in this image?"
     if kind == "state":
         return f"Is the {args[0]} {args[1]} in this image?"
+    if kind == "contact":
+        return f"Is there direct contact between the {args[0]} and the {args[1]}?"
     if args[0] == 1:
         return "Is there one object in this image?"
     return f"Are there {NUMBERS[args[0]]} objects in this image?"
 
 
 def truth(question, scene):
-    """True or False; None where an object whose color is asked for is not there."""
+    """True or False; None where an object whose color or contact is asked for is not there."""
     kind, *args = question
     colors = dict(objects(scene))
     if kind == "exists":
@@ -215,35 +262,50 @@ def truth(question, scene):
         return len(colors) == args[0]
     if args[0] not in colors:
         return None
-    return colors[args[0]] == args[1]
+    if kind == "state":
+        return colors[args[0]] == args[1]
+    return in_contact(scene, *args) if args[1] in colors else None
 
 
 def random_question(kind, scene, rng, answer=None, hard=0.6):
     """A question of this kind whose truth is `answer` (None: either); None if there is none.
 
-    hard: how often an absent object that is asked for is the partner of one that is there.
+    hard: how often what is asked for and not so is what is usual: the partner of an object that is
+    there, its usual color, contact with its partner.
     """
     if answer is None:
         answer = rng.random() < 0.5
-    if kind == "exists":
-        pool = [("exists", noun) for noun in NOUNS]
-        missed = [("exists", noun) for noun in absent_partners(scene)]
-        if not answer and missed and rng.random() < hard:
-            pool = missed
-    elif kind == "state":
-        pool = state_questions(scene)
-    else:
-        size = len(objects(scene))
-        pool = [("number", n) for n in (size - 1, size, size + 1) if n > 0]
-    pool = [question for question in pool if truth(question, scene) is answer]
+    pool = [question for question in questions(kind, scene) if truth(question, scene) is answer]
+    usual = [question for question in pool if is_usual(question, scene)]
+    if not answer and usual and rng.random() < hard:
+        pool = usual
     return rng.choice(pool) if pool else None
 
 
-def state_questions(scene):
-    """Every question after the color of an object that is there."""
+def is_usual(question, scene):
+    """Would one who knows only how things usually are say yes?"""
+    kind, *args = question
+    if kind == "exists":
+        return args[0] in absent_partners(scene)
+    if kind == "state":
+        return USUAL[args[0]] == args[1]
+    return kind == "contact" and PAIRS.get(args[0]) == args[1]
+
+
+def questions(kind, scene):
+    """Every question of this kind; colors and contacts only of objects that are there."""
+    there = names(scene)
+    if kind == "exists":
+        return [("exists", noun) for noun in NOUNS]
+    if kind == "number":
+        size = len(there)
+        return [("number", n) for n in (size - 1, size, size + 1) if n > 0]
     found = []
-    for noun in names(scene):
-        found += [("state", noun, color) for color in COLORS]
+    for i, noun in enumerate(there):
+        if kind == "state":
+            found += [("state", noun, color) for color in COLORS]
+        else:
+            found += [("contact", noun, other) for other in there[i + 1 :]]
     return found
 
 
@@ -255,7 +317,7 @@ def random_choice(kind, scene, rng):
         others = [other for other in NOUNS if other not in names(scene)]
     elif kind == "numbers":
         question, right = "How many objects are in this image?", NUMBERS[len(objects(scene))]
-        others = NUMBERS[1:8]
+        others = NUMBERS[1:]
     else:
         question, right = f"What color is the {noun}?", color
         others = COLORS
