@@ -251,10 +251,10 @@ def policy_table(run, rows, records):
     adapter off. One function for both, so that they cannot differ in anything else.
     """
     options = run.options
-    # On a GPU the adapters (fp32) run in bf16, and rows are packed into one sequence until it is
-    # long enough to be worth a forward pass; on a CPU that gains nothing.
+    # On a GPU the adapters (fp32) run in bf16. Rows are packed into one sequence until it is long
+    # enough to be worth a forward pass: of a LLaVA-1.5 on a CPU, each row is.
     on_cuda = options.device != "cpu"
-    tokens_per_forward = 4096 if on_cuda else 0
+    tokens_per_forward = 4096 if on_cuda else 512
     mixed = on_cuda and options.dtype == "bfloat16"
     with mixed_precision(run.policy, mixed, options.grad_checkpointing):
         packed = not options.no_share_prefix

@@ -57,7 +57,7 @@ def logp_table(model, rows, records, packed=True, tokens_per_forward=0, all_logi
     """(3, 3, records) fp32 log-probabilities in nats; NaN in the cells that no row asks for.
 
     packed: rows go into one forward pass while they fit into tokens_per_forward; with 0 each row
-    has its own, which is best on a CPU.
+    has its own.
     """
     table = torch.full((3, 3, records), math.nan, device=base_model(model).device)
     for group in groups_of(rows, tokens_per_forward):
