@@ -15,7 +15,15 @@ from families import PACKED, PLAIN, tiny_model, tiny_rows
 from support.cli import UserError
 from symmpo import MP, NONE, WP, L, M, W
 from vlm import logprobs
-from vlm.logprobs import Row, decoder, groups_of, logp_table, packed_logps, response_lengths
+from vlm.logprobs import (
+    Row,
+    add_image_features,
+    decoder,
+    groups_of,
+    logp_table,
+    packed_logps,
+    response_lengths,
+)
 
 TOLERANCE, GRAD_TOLERANCE = 2e-5, 2e-5  # nats; nats per unit of adapter weight
 
@@ -222,3 +230,28 @@ def test_rows_share_a_forward_pass_while_their_tokens_fit():
     assert sizes(2 * full, 512) == [1, 1, 1, 1]
     assert sizes(4 * small, 512) == [8]
     assert sizes(4 * full, 0) == [1] * 8
+
+
+@pytest.mark.parametrize("family", PACKED)
+def test_images_of_one_shape_are_one_batch(family):
+    """Where the pixels are all that the tower reads; the same features as one by one."""
+    model, image = tiny_model(family)
+    rows = tiny_rows(model, image, records=2)
+    apart = [dataclasses.replace(row) for row in rows]
+    for row in apart:
+        add_image_features(model, [row])
+    batches = []
+    real = model.get_image_features
+
+    def counting(pixel_values, **more):
+        batches.append(len(pixel_values))
+        return real(pixel_values=pixel_values, **more)
+
+    model.get_image_features = counting
+    add_image_features(model, rows)
+    pixels_alone = rows[0].inputs.keys() == {"input_ids", "attention_mask", "pixel_values"}
+    assert pixels_alone == (family in ("llava", "internvl", "ovis2"))
+    assert batches == ([4] if pixels_alone else [1, 1, 1, 1])
+    for one, other in zip(rows, apart):
+        torch.testing.assert_close(one.features, other.features, rtol=0, atol=1e-5)
+    assert (rows[0].features - rows[1].features).abs().max() > 0.01

@@ -254,30 +254,41 @@ def embed(model, rows, ids):
 def add_image_features(model, rows):
     """Compute what is missing of `row.features`. The vision tower is frozen, so whoever calls this
     on rows before asking for several tables runs it once for all of them."""
+    alike = {}  # rows whose images can be one batch
     for row in rows:
         if row.features is None and "pixel_values" in row.inputs:
-            row.features = image_features(model, row)
+            pixels_alone = row.inputs.keys() <= {"input_ids", "attention_mask", "pixel_values"}
+            kind = row.inputs["pixel_values"].shape if pixels_alone else id(row)
+            alike.setdefault(kind, []).append(row)
+    for batch in alike.values():
+        features = image_features(model, batch)
+        for row, found in zip(batch, features.chunk(len(batch))):
+            need_as_many(row, found, base_model(model).config.image_token_id)
+            row.features = found
 
 
 @torch.no_grad()
-def image_features(model, row):
-    """(image tokens, width) from the frozen vision tower, for the image tokens in the prompt."""
+def image_features(model, rows):
+    """(image tokens of all rows, width) from the frozen vision tower."""
     base = base_model(model)
     images = {}
-    for name, tensor in row.inputs.items():
-        if name not in ("input_ids", "attention_mask"):
-            dtype = base.dtype if tensor.is_floating_point() else None
-            images[name] = tensor.to(base.device, dtype, non_blocking=True)
+    for name in rows[0].inputs.keys() - {"input_ids", "attention_mask"}:
+        tensor = torch.cat([row.inputs[name] for row in rows])
+        dtype = base.dtype if tensor.is_floating_point() else None
+        images[name] = tensor.to(base.device, dtype, non_blocking=True)
     found = base.get_image_features(**images, return_dict=True).pooler_output
-    features = torch.cat([image.flatten(0, -2) for image in found])
-    wanted = int((row.inputs["input_ids"] == base.config.image_token_id).sum())
+    return torch.cat([image.flatten(0, -2) for image in found])
+
+
+def need_as_many(row, features, image_token):
+    """A feature for each image token of the prompt."""
+    wanted = int((row.inputs["input_ids"] == image_token).sum())
     if wanted != len(features):
         raise UserError(
             f"{row.source}: {wanted} image tokens in the prompt, {len(features)} features from the "
             "vision tower: processor and model do not fit (patch_size, "
             "num_additional_image_tokens, vision_feature_select_strategy)"
         )
-    return features
 
 
 def base_model(model):
