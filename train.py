@@ -534,11 +534,8 @@ def evaluate_held_out(run):
     if not run.held_out:
         return {}
     run.policy.eval()  # dropout off, where there is any
-    tables = []
     with torch.no_grad():
-        for example in run.held_out:
-            _, table = compute_loss(run, [example])
-            tables.append(table)
+        tables = [loss_table(run, [example]) for example in run.held_out]
     sums = sums_of_metrics(run, tables)
     found = {f"eval/{name}": value / len(tables) for name, value in sums.items()}
 

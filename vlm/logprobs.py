@@ -33,6 +33,7 @@ from support.cli import UserError
 from vlm.attention import allow_segments, segments_of
 
 CHUNK = 128  # positions whose logits exist at the same time
+PIXELS_ALONE = {"input_ids", "attention_mask", "pixel_values"}  # inputs of which images are a batch
 
 
 @dataclass
@@ -254,16 +255,22 @@ def embed(model, rows, ids):
 def add_image_features(model, rows):
     """Compute what is missing of `row.features`. The vision tower is frozen, so whoever calls this
     on rows before asking for several tables runs it once for all of them."""
-    alike = {}  # rows whose images can be one batch
-    for row in rows:
-        if row.features is None and "pixel_values" in row.inputs:
-            pixels_alone = row.inputs.keys() <= {"input_ids", "attention_mask", "pixel_values"}
-            kind = row.inputs["pixel_values"].shape if pixels_alone else id(row)
-            alike.setdefault(kind, []).append(row)
-    for batch in alike.values():
-        features = image_features(model, batch)
+    rows = [row for row in rows if row.features is None and "pixel_values" in row.inputs]
+    shapes = {row.inputs["pixel_values"].shape for row in rows}
+    batches = [[row] for row in rows]
+    if len(shapes) == 1 and rows[0].inputs.keys() == PIXELS_ALONE:
+        batches = [rows]
+    image_token = base_model(model).config.image_token_id
+    for batch in batches:
+        features = image_features(model, batch)  # (image tokens of all rows, width)
         for row, found in zip(batch, features.chunk(len(batch))):
-            need_as_many(row, found, base_model(model).config.image_token_id)
+            wanted = int((row.inputs["input_ids"] == image_token).sum())
+            if wanted != len(found):
+                raise UserError(
+                    f"{row.source}: {wanted} image tokens in the prompt, {len(found)} features "
+                    "from the vision tower: processor and model do not fit (patch_size, "
+                    "num_additional_image_tokens, vision_feature_select_strategy)"
+                )
             row.features = found
 
 
@@ -278,17 +285,6 @@ def image_features(model, rows):
         images[name] = tensor.to(base.device, dtype, non_blocking=True)
     found = base.get_image_features(**images, return_dict=True).pooler_output
     return torch.cat([image.flatten(0, -2) for image in found])
-
-
-def need_as_many(row, features, image_token):
-    """A feature for each image token of the prompt."""
-    wanted = int((row.inputs["input_ids"] == image_token).sum())
-    if wanted != len(features):
-        raise UserError(
-            f"{row.source}: {wanted} image tokens in the prompt, {len(features)} features from the "
-            "vision tower: processor and model do not fit (patch_size, "
-            "num_additional_image_tokens, vision_feature_select_strategy)"
-        )
 
 
 def base_model(model):
