@@ -9,7 +9,8 @@ What is compared, at LLaVA-1.5's token counts:
   position, the vision tower for each sequence, the reference in each step), one saving at a time;
 - memory: what a step adds to the resident set of a fresh process.
 
-`python -m tests.against_trl` compares the DPO step with TRL's DPOTrainer.
+On a GPU also what tests/on_gpu.py has: the card's rates, attention in segments against the mask,
+lengths that change, TRL's DPOTrainer where it is installed.
 
 How: one thread, random weights, the sides take turns in one process. Seconds are processor time (on
 a GPU, time on the wall). Ratios are medians over rounds with their quartiles, and stand beside the
@@ -26,7 +27,7 @@ import torch
 
 from speed import measure
 from speed.measure import spread
-from speed.sides import RECORDS, RUNGS, Rung, Side, prepare, step_memory
+from speed.sides import RUNGS, Rung, Side, prepare, rows_of_records, step_memory
 from speed.world import SIZES
 from support.cli import UserError, new_parser, run_command, within
 
@@ -34,50 +35,55 @@ EPOCHS = 4  # over which the cost of the cached reference is spread
 
 
 def compare(sides, rounds, device):
-    """The sides take turns: their times, how many times faster each is than the first, and the
-    proof that they compute the same."""
+    """The sides take turns, once more than rounds, since the first call is not like the others:
+    their seconds in each, and the proof that they compute the same."""
     times, history = [], []
     for number in range(rounds + 1):
         seconds, results = {}, []
         for name, side in sides.items():
             start = measure.now(device)
-            results.append(side.take_step(number % RECORDS))
+            results.append(side.take_step(number))
             seconds[name] = measure.now(device) - start
+            print(f"{name}: {seconds[name]:.4g} s", file=sys.stderr)  # if a later one fails
         times.append(seconds)
         history.append(results)
-    return times[1:], measure.proof(history, exact=device == "cpu")  # the first round warms up
+    return times, measure.proof(history, exact=device == "cpu")
 
 
 def ratios(times):
-    """A row for each side: its seconds, and how many times faster it is than the first."""
+    """A row for each side: the seconds of its first call and of the later ones, and how many times
+    faster these are than the first side's."""
     rows = []
-    first, *_ = times[0]
-    for name in times[0]:
-        seconds = [t[name] for t in times]
-        faster = [t[first] / t[name] for t in times]
-        rows.append({"step": name, "seconds": spread(seconds), "ratio": spread(faster)})
+    warm, *later = times
+    first, *_ = warm
+    for name in warm:
+        seconds = [t[name] for t in later]
+        faster = [t[first] / t[name] for t in later]
+        found = {"seconds": spread(seconds), "ratio": spread(faster)}
+        rows.append({"step": name, "first call": round(warm[name], 3), **found})
     return rows
 
 
-def ladder(size, rounds, device):
+def ladder(size, folder, rounds, device):
     """The SymMPO step, one saving at a time."""
-    with tempfile.TemporaryDirectory() as folder:
-        run = prepare(folder, size, "symmpo", device)
-        sides = {rung.name: Side(run, rung) for rung in RUNGS}
-        times, proof = compare(sides, rounds, device)
+    run = prepare(folder, size, "symmpo", device)
+    records = rows_of_records(run)
+    sides = {rung.name: Side(run, rung, records) for rung in RUNGS}
+    times, proof = compare(sides, rounds, device)
     *_, shared, cached = sides
     for seconds in times:  # the cached reference costs one forward pass in EPOCHS epochs
         seconds[cached] += (seconds[shared] - seconds[cached]) / EPOCHS
     rows = ratios(times)
-    return [*rows, proof], {"five_sequence_time_ratio": rows[-1]["ratio"][0]}
+    figures = {"five_sequence_time_ratio": rows[-1]["ratio"][0]}
+    figures["max_logp_diff"] = proof["max_logp_diff"]
+    return [*rows, proof], figures
 
 
-def memory(size, rounds, device):
+def memory(size, folder, rounds, device):
     """What the sides' steps add to the memory of a fresh process, MiB."""
     mib = {}
     for rung in (RUNGS[0], Rung("ours")):
-        with tempfile.TemporaryDirectory() as folder:
-            mib[rung.name] = measure.in_new_process(step_memory, rung, folder, size, device)
+        mib[rung.name] = measure.in_new_process(step_memory, rung, folder, size, device)
     published, ours = mib.values()
     rows = [{"step": name, "MiB": value} for name, value in mib.items()]
     return rows, {"five_sequence_memory_ratio": published / ours}
@@ -113,16 +119,19 @@ def main(argv=None):
     processor = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].split("\n")[0]
     print(f"{time.ctime()}, torch {torch.__version__}, {processor}", *sys.argv[1:], flush=True)
     summary = dict.fromkeys(SUMMARY.split())  # null where a part did not run
-    differences = []
-    for name in args.only:
-        print(f"{name} ...", file=sys.stderr)
-        rows, figures = PARTS[name](args.size, args.rounds, device)
-        summary |= figures
-        print(f"\n## {name}\n")
-        for row in rows:
-            print("-", ", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-        differences += [row["max_logp_diff"] for row in rows if "max_logp_diff" in row]
-    summary["max_logp_diff"] = max(differences, default=None)
+    parts = {name: PARTS[name] for name in args.only}
+    if args.cuda:
+        from tests import on_gpu
+
+        parts |= on_gpu.PARTS
+    with tempfile.TemporaryDirectory() as folder:
+        for name, part in parts.items():
+            print(f"{name} ...", file=sys.stderr)
+            rows, figures = part(args.size, folder, args.rounds, device)
+            summary |= figures
+            print(f"\n## {name}\n")
+            for row in rows:
+                print("-", ", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     if args.json:
         print(json.dumps(summary))
 

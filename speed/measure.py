@@ -41,9 +41,8 @@ def proof(history, exact=True):
     """Do all sides compute the same? history: for each step a list of `Result`, one a side.
 
     Returns the largest differences over all steps, how far the loss moved, and how far the swap of
-    images moved the reference's log-probs on the side where it did least (records 0 and 2 of
-    `write_world`). Raises UserError when the sides differ; exact=False leaves that to the reader,
-    since sums in bf16 differ by more.
+    images moved the reference's log-probs (records 0 and 2 of `write_world`). Raises UserError when
+    the sides differ; exact=False leaves that to the reader, since sums in bf16 differ by more.
     """
     logp, loss = 0.0, 0.0
     for first, *others in history:

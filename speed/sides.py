@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -11,15 +12,18 @@ import train
 from data import build_rows
 from speed.measure import Result, peak_of
 from speed.world import SIZES, write_world
-from vlm.logprobs import logp_table
+from support.reference import key_of
+from vlm.load import adapter_off, mixed_precision
+from vlm.logprobs import add_image_features, logp_table
 
 LR = 2e-4  # at 1e-3 the mid-size losses explode within six steps, and rounding with them
 RECORDS = 3
 
 
 def prepare(folder, size, objective, device):
-    """The run that train.py makes of a world in a folder."""
-    write_world(folder, size, device)
+    """The run that train.py makes of a world, which is written into the folder if it has none."""
+    if not Path(folder, "prefs.jsonl").exists():
+        write_world(folder, size, device)
     options = train.Options(model=str(folder), data=f"{folder}/prefs.jsonl", device=device)
     options.objective = objective
     options.lora_r = SIZES[size]["lora_rank"]
@@ -47,43 +51,48 @@ RUNGS = [
 ]
 
 
+def rows_of_records(run):
+    """For each record its rows, in which every response has RESPONSE tokens."""
+    cells, records = run.objective.cells, run.examples.records
+    return [build_rows(records[i], run.prompts, cells) for i in range(RECORDS)]
+
+
 class Side:
     """A copy of a run's policy with its own optimiser, and a way to compute the tables."""
 
-    def __init__(self, run, rung):
+    def __init__(self, run, rung, records):
         frozen = {id(p): p for p in run.policy.parameters() if not p.requires_grad}  # not copied
         self.run = replace(run, policy=copy.deepcopy(run.policy, frozen))
-        self.rung = rung
+        self.rung, self.records = rung, records
+        self.keys = [key_of(rows) for rows in records]
         self.trained = [p for p in self.run.policy.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=LR, weight_decay=0.0)
-        cells, records = run.objective.cells, run.examples.records
-        self.rows = [build_rows(records[i], run.prompts, cells) for i in range(RECORDS)]
         if rung.cached:
-            for number in range(RECORDS):
-                self.reference_table(number)
+            for number in range(len(records)):
+                self.reference_table(self.fresh_rows(number), number)
 
     def fresh_rows(self, number):
         """A record's rows without the image features of the last time."""
-        return [replace(row, features=None) for row in self.rows[number]]
+        return [replace(row, features=None) for row in self.records[number]]
 
-    def reference_table(self, number):
-        rows, keys = self.fresh_rows(number), [b"%d" % number]
-        return train.reference_table(self.run, rows, keys, use_cache=self.rung.cached)
+    def reference_table(self, rows, number):
+        return train.reference_table(self.run, rows, [self.keys[number]], self.rung.cached)
 
     def tables(self, number):
         """The policy's and the reference's."""
-        run, rows = self.run, self.fresh_rows(number)
-        if self.rung.plain is None:
-            return train.policy_table(run, rows, 1), self.reference_table(number)
-        with torch.autocast("cuda", torch.bfloat16, enabled=run.options.device != "cpu"):
-            with torch.no_grad(), run.policy.disable_adapter():
-                reference = logp_table(run.policy, rows, 1, **self.rung.plain)
-            return logp_table(run.policy, rows, 1, **self.rung.plain), reference
+        run, plain, rows = self.run, self.rung.plain, self.fresh_rows(number)
+        if plain is None:
+            add_image_features(run.policy, rows)
+            return train.policy_table(run, rows, 1), self.reference_table(rows, number)
+        with mixed_precision(run.policy, run.options.device != "cpu"):
+            with torch.no_grad(), adapter_off(run.policy):
+                reference = logp_table(run.policy, rows, 1, **plain)
+            return logp_table(run.policy, rows, 1, **plain), reference
 
     def take_step(self, number):
         """One optimiser step on a record: a `Result`."""
         run = self.run
-        policy, reference = self.tables(number)
+        policy, reference = self.tables(number % len(self.records))
         table = symmpo.Table(policy - reference, policy, None)
         terms = symmpo.loss_terms(run.options.objective, table, run.weights)
         loss = sum(terms.values()).mean()
@@ -105,7 +114,7 @@ def descend(trained, optimizer):
 def step_memory(rung, folder, size, device):
     """Peak MiB of two SymMPO steps; to be called in a fresh process."""
     run = prepare(folder, size, "symmpo", device)
-    side = Side(run, rung)
+    side = Side(run, rung, rows_of_records(run))
     run.policy = None
     return two_steps(side, device)
 

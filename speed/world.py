@@ -37,29 +37,35 @@ def new_model(size, device):
     """bf16 on CUDA, where 7b fits in memory once."""
     from transformers import AutoModelForImageTextToText, LlavaConfig
 
-    parts = {name: SIZES[size][name] for name in ("text_config", "vision_config")}
-    config = LlavaConfig(**parts, image_token_id=IMAGE)
+    config = LlavaConfig(
+        text_config=SIZES[size]["text_config"],
+        vision_config=SIZES[size]["vision_config"],
+        image_token_id=IMAGE,
+    )
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
     torch.manual_seed(0)
     with torch.device(device):
-        dtype = torch.float32 if device == "cpu" else torch.bfloat16
         return AutoModelForImageTextToText.from_config(config, dtype=dtype)
 
 
 def new_processor(size):
     """The tiny world's, whose tokens are words: a text has exactly the tokens asked for."""
     _, processor = load_processor(TINY_MODEL)
-    pixels = SIZES[size]["vision_config"]["image_size"]
-    processor.patch_size = SIZES[size]["vision_config"]["patch_size"]
+    vision = SIZES[size]["vision_config"]
+    pixels = vision["image_size"]
+    processor.patch_size = vision["patch_size"]
     processor.tokenizer.model_max_length = 4096
-    processor.image_processor.size = {"shortest_edge": pixels}
-    processor.image_processor.crop_size = {"height": pixels, "width": pixels}
+    images = processor.image_processor
+    images.size = {"shortest_edge": pixels}
+    images.crop_size = {"height": pixels, "width": pixels}
     return processor
 
 
 def write_world(folder, size, device="cpu"):
     """A checkpoint and prefs.jsonl with three records; the third has the second's images and the
     first's texts."""
-    folder, pick, rng = Path(folder), random.Random(0), np.random.default_rng(0)
+    folder = Path(folder)
+    pick, rng = random.Random(0), np.random.default_rng(0)
     new_model(size, device).save_pretrained(folder)
     processor = new_processor(size)
     processor.save_pretrained(folder)
@@ -71,12 +77,14 @@ def write_world(folder, size, device="cpu"):
     def text(n):
         return " ".join(pick.choices(NOUNS, k=n))
 
-    one_word = Prompts(processor, "vicuna").encode(["cup"], [picture])["input_ids"].shape[1]
-    frame = one_word - patches_of(size) - 1  # tokens of the template
+    one_word = Prompts(processor, "vicuna").encode(["cup"], [picture])
+    frame = one_word["input_ids"].shape[1] - patches_of(size) - 1  # tokens of the template
+    images = [{"image": f"m{i}.png", "contrast_image": f"c{i}.png"} for i in range(2)]
     lines = []
-    for i in range(2):
+    for pair in images:
         texts = {name: text(RESPONSE - 1) for name in RESPONSES}
-        images = {"image": f"m{i}.png", "contrast_image": f"c{i}.png"}
-        lines.append({"prompt": text(PROMPT - frame), **texts, **images})
-    lines.append({**lines[0], "image": "m1.png", "contrast_image": "c1.png"})
-    (folder / "prefs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        lines.append({"prompt": text(PROMPT - frame), **texts, **pair})
+    lines.append({**lines[0], **images[1]})
+    with open(folder / "prefs.jsonl", "w") as file:
+        for line in lines:
+            file.write(json.dumps(line) + "\n")

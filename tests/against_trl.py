@@ -15,7 +15,7 @@ import symmpo
 from speed import measure
 from speed.__main__ import compare, ratios
 from speed.measure import Result
-from speed.sides import LR, RECORDS, Rung, Side, descend, prepare, two_steps
+from speed.sides import LR, RECORDS, Rung, Side, descend, prepare, rows_of_records, two_steps
 
 
 class TRLSide:
@@ -70,7 +70,8 @@ class TRLSide:
         self.beta, self.run = run.weights.beta, run
 
     def take_step(self, number):
-        loss = self.trainer.training_step(self.trainer.model, self.batches[number])
+        batch = self.batches[number % RECORDS]
+        loss = self.trainer.training_step(self.trainer.model, batch)
         descend(self.trained, self.optimizer)
         logged = self.trainer._metrics["train"]
         policy = torch.full((3, 3, 1), torch.nan)
@@ -81,22 +82,22 @@ class TRLSide:
         return Result(policy, policy - rho, loss.item())
 
 
-def against_trl(size, rounds, device):
+def against_trl(size, folder, rounds, device):
     """The DPO step against TRL's."""
-    with tempfile.TemporaryDirectory() as folder:
-        run = prepare(folder, size, "dpo", device)
-        ours = Side(run, Rung("ours"))
-        cached = Side(run, Rung("ours, reference cached", cached=True))
-        sides = {"TRL DPOTrainer": TRLSide(run, folder)}
-        sides |= {side.rung.name: side for side in (ours, cached)}
-        times, proof = compare(sides, rounds, device)
+    run = prepare(folder, size, "dpo", device)
+    records = rows_of_records(run)
+    ours = Side(run, Rung("ours"), records)
+    cached = Side(run, Rung("ours, reference cached", cached=True), records)
+    sides = {"TRL DPOTrainer": TRLSide(run, folder)}
+    sides |= {side.rung.name: side for side in (ours, cached)}
+    times, proof = compare(sides, rounds, device)
     return [*ratios(times), proof]
 
 
 def step_memory(trls, folder, size, device):
     """Peak MiB of two DPO steps, TRL's or ours; to be called in a fresh process."""
     run = prepare(folder, size, "dpo", device)
-    side = TRLSide(run, folder) if trls else Side(run, Rung("ours"))
+    side = TRLSide(run, folder) if trls else Side(run, Rung("ours"), rows_of_records(run))
     run.policy = None
     return two_steps(side, device)
 
@@ -109,12 +110,12 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)
     device = "cuda" if args.cuda else "cpu"
-    for row in against_trl(args.size, args.rounds, device):
-        print("-", ", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-    for name, trls in (("TRL", True), ("ours", False)):
-        with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
+        for row in against_trl(args.size, folder, args.rounds, device):
+            print("-", ", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+        for name, trls in (("TRL", True), ("ours", False)):
             mib = measure.in_new_process(step_memory, trls, folder, args.size, device)
-        print(f"- DPO, {name}: {mib} MiB", flush=True)
+            print(f"- DPO, {name}: {mib} MiB", flush=True)
 
 
 if __name__ == "__main__":

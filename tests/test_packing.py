@@ -15,7 +15,15 @@ from families import PACKED, PLAIN, tiny_model, tiny_rows
 from support.cli import UserError
 from symmpo import MP, NONE, WP, L, M, W
 from vlm import logprobs
-from vlm.logprobs import decoder, logp_table, packed_logps, response_lengths
+from vlm.logprobs import (
+    Row,
+    add_image_features,
+    decoder,
+    groups_of,
+    logp_table,
+    packed_logps,
+    response_lengths,
+)
 
 TOLERANCE, GRAD_TOLERANCE = 2e-5, 2e-5  # nats; nats per unit of adapter weight
 
@@ -200,3 +208,50 @@ def test_lengths_are_those_of_the_responses():
     under_m = rows[::2]  # of both records
     assert response_lengths(under_m, 2).tolist() == [[5, 6], [9, 10], [3, 4]]
     assert response_lengths(rows[1:2], 2)[L].isnan().all()
+
+
+def row_of_lengths(prefix, *responses):
+    inputs = {"input_ids": torch.zeros(1, prefix, dtype=torch.long)}
+    responses = [torch.zeros(n, dtype=torch.long) for n in responses]
+    return Row(inputs, responses, cells=[])
+
+
+def test_rows_share_a_forward_pass_while_their_tokens_fit():
+    """On CUDA two SymMPO records of LLaVA-1.5, on a CPU each of their rows and whole records of the
+    tiny world."""
+    full = [row_of_lengths(636, 100, 100, 100), row_of_lengths(636, 100, 100)]  # image, prompt: 636
+    small = [row_of_lengths(40, 8, 8, 8), row_of_lengths(40, 8, 8)]
+
+    def sizes(rows, tokens_per_forward):
+        return [len(group) for group in groups_of(rows, tokens_per_forward)]
+
+    assert sizes(2 * full, 4096) == [4]
+    assert sizes(3 * full, 4096) == [4, 2]
+    assert sizes(2 * full, 512) == [1, 1, 1, 1]
+    assert sizes(4 * small, 512) == [8]
+    assert sizes(4 * full, 0) == [1] * 8
+
+
+@pytest.mark.parametrize("family", PACKED)
+def test_images_of_one_shape_are_one_batch(family):
+    """Where the pixels are all that the tower reads; the same features as one by one."""
+    model, image = tiny_model(family)
+    rows = tiny_rows(model, image, records=2)
+    apart = [dataclasses.replace(row) for row in rows]
+    for row in apart:
+        add_image_features(model, [row])
+    batches = []
+    real = model.get_image_features
+
+    def counting(pixel_values, **more):
+        batches.append(len(pixel_values))
+        return real(pixel_values=pixel_values, **more)
+
+    model.get_image_features = counting
+    add_image_features(model, rows)
+    pixels_alone = rows[0].inputs.keys() == {"input_ids", "attention_mask", "pixel_values"}
+    assert pixels_alone == (family in ("llava", "internvl", "ovis2"))
+    assert batches == ([4] if pixels_alone else [1, 1, 1, 1])
+    for one, other in zip(rows, apart):
+        torch.testing.assert_close(one.features, other.features, rtol=0, atol=1e-5)
+    assert (rows[0].features - rows[1].features).abs().max() > 0.01

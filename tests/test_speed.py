@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
+import on_gpu
 from speed import __main__ as speed
 from speed.measure import Result, in_new_process, peak_of, proof
-from speed.sides import RUNGS, Rung, Side, prepare, step_memory
+from speed.sides import RUNGS, Rung, prepare, rows_of_records, step_memory
 from speed.world import PROMPT, RESPONSE, patches_of
 from support.cli import UserError
 
@@ -25,8 +26,8 @@ def run(tmp_path_factory):
     return prepare(tmp_path_factory.mktemp("world"), "tiny", "symmpo", "cpu")
 
 
-def test_ladder_sides_agree_over_steps_and_see_the_image():
-    rows, figures = speed.ladder("tiny", rounds=3, device="cpu")
+def test_ladder_sides_agree_over_steps_and_see_the_image(tmp_path):
+    rows, figures = speed.ladder("tiny", tmp_path, rounds=3, device="cpu")
     *rungs, proven = rows
     assert [row["step"] for row in rungs] == [rung.name for rung in RUNGS]
     assert figures["five_sequence_time_ratio"] == rungs[-1]["ratio"][0] > 0
@@ -50,19 +51,44 @@ def test_proof_refuses_sides_that_differ():
 
 
 def test_the_sequences_are_as_long_as_it_says(run):
-    for rows in Side(run, RUNGS[0]).rows:
+    for rows in rows_of_records(run):
         for row in rows:
             assert row.inputs["input_ids"].shape[1] == patches_of("tiny") + PROMPT
             assert {len(response) for response in row.responses} == {RESPONSE}
 
 
-def test_trl_takes_the_same_steps():
+def test_trl_takes_the_same_steps(tmp_path):
     pytest.importorskip("trl")
     from against_trl import against_trl
 
-    rows = against_trl("tiny", rounds=3, device="cpu")
+    rows = against_trl("tiny", tmp_path, rounds=3, device="cpu")
     assert rows[0]["step"] == "TRL DPOTrainer"
     assert rows[-1]["max_logp_diff"] < 2e-3 and rows[-1]["max_loss_diff"] < 1e-4
+
+
+def test_what_is_measured_on_a_gpu_runs_on_a_cpu(tmp_path):
+    def part(name):
+        return on_gpu.PARTS[name]("tiny", tmp_path, 2, "cpu")[0]
+
+    assert part("rates")[0]["TFLOP/s"] > 0
+    (found,) = part("exact")
+    assert found["segments against mask"] < 2e-3 and found["segments against plain"] < 2e-3
+    assert found["of"] > 100
+    *rungs, proven = part("ragged ladder")
+    assert proven["max_logp_diff"] < 2e-3
+    published, *_, ours = rungs
+    assert published["TFLOP"] > 2 * ours["TFLOP"] > 0
+    assert 0 < ours["of the rate"] < 1
+
+
+def test_each_ragged_step_has_lengths_of_its_own(run):
+    whole = rows_of_records(run)
+    lengths = []
+    for number in range(10):
+        rows = on_gpu.shortened(whole[number % len(whole)], number)
+        lengths.append(tuple(row.tokens() for row in rows))
+        assert all(len(y) > RESPONSE // 2 for row in rows for y in row.responses)
+    assert len(set(lengths)) == 10
 
 
 def test_memory_of_a_step_is_seen():

@@ -458,3 +458,36 @@ def test_adapter_loads_with_peft(fit, llava, prefs, tmp_path):
         tuned = logp_table(model, rows, 1)[0, 0, 0]
         with model.disable_adapter():
             assert abs(logp_table(model, rows, 1)[0, 0, 0] - tuned) > 1e-3
+
+
+def test_no_micro_batch_waits_for_the_gpu(fit, monkeypatch):
+    """On a GPU a look at a computed number waits for all that the GPU was asked to do: a step looks
+    when its gradients are there, not once more for each micro-batch. (What is looked at of tokens
+    are integers on the host; images are read in another process.)"""
+    looked, inside = [], []
+
+    def watch(name):
+        real = getattr(torch.Tensor, name)
+
+        def watching(tensor, *args, **more):
+            if inside and tensor.dtype != torch.long:
+                looked.append(name)
+            return real(tensor, *args, **more)
+
+        monkeypatch.setattr(torch.Tensor, name, watching)
+
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
+        watch(name)
+    real = train.forward_and_backward
+
+    def gradients(*args):
+        inside.append(True)
+        try:
+            return real(*args)
+        finally:
+            inside.clear()
+
+    fit()  # fills the reference's cache
+    monkeypatch.setattr(train, "forward_and_backward", gradients)
+    fit("--workers", 1)
+    assert looked == []

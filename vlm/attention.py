@@ -25,17 +25,17 @@ def segments_of(row_of, branch, like):
     sequence; like: a tensor of the mask's dtype and device. row_of, branch: one number a token."""
     segments, start = [], 0
     for (_, k), tokens in groupby(zip(row_of, branch)):
-        own = slice(start, start + len(list(tokens)))
-        mask, before = None, slice(start, start)  # a prefix: nothing before it, plain causal
+        n = len(list(tokens))
+        own = slice(start, start + n)
+        start = own.stop
         if k == 0:
             prefix = own
-        else:
-            before, length = prefix, prefix.stop - prefix.start
-            n = own.stop - own.start
-            hidden = like.new_full((n, length + n), -math.inf)
-            mask = hidden.triu(length + 1)  # (n, length + n), 0 where a query may see a key
-        segments.append((before, own, mask))
-        start = own.stop
+            segments.append((slice(0, 0), own, None))  # nothing before it, plain causal
+            continue
+        length = prefix.stop - prefix.start
+        hidden = like.new_full((n, length + n), -math.inf)
+        mask = hidden.triu(length + 1)  # (n, length + n), 0 where a query may see a key
+        segments.append((prefix, own, mask))
     return segments
 
 

@@ -33,6 +33,7 @@ from support.cli import UserError
 from vlm.attention import allow_segments, segments_of
 
 CHUNK = 128  # positions whose logits exist at the same time
+PIXELS_ALONE = {"input_ids", "attention_mask", "pixel_values"}  # inputs of which images are a batch
 
 
 @dataclass
@@ -57,7 +58,7 @@ def logp_table(model, rows, records, packed=True, tokens_per_forward=0, all_logi
     """(3, 3, records) fp32 log-probabilities in nats; NaN in the cells that no row asks for.
 
     packed: rows go into one forward pass while they fit into tokens_per_forward; with 0 each row
-    has its own, which is best on a CPU.
+    has its own.
     """
     table = torch.full((3, 3, records), math.nan, device=base_model(model).device)
     for group in groups_of(rows, tokens_per_forward):
@@ -66,7 +67,7 @@ def logp_table(model, rows, records, packed=True, tokens_per_forward=0, all_logi
         cells = []
         for row in group:
             cells += [(*cell, row.record) for cell in row.cells]
-        image, response, record = torch.tensor(cells, device=table.device).T
+        image, response, record = on_device(cells, table.device).T
         table = table.index_put((image, response, record), sums)
     return table
 
@@ -138,6 +139,7 @@ def packed_logps(model, rows, masked=False):
     """The same numbers from one sequence that holds all rows, each prefix once (picture above)."""
     ids, position, row_of, branch = [], [], [], []  # one entry for each token of the sequence
     predicting, targets = [], []  # the places that predict a response token, and these tokens
+    lengths = []  # of the responses
 
     def append(tokens, first_position, number, k):
         ids.extend(tokens)
@@ -155,23 +157,29 @@ def packed_logps(model, rows, masked=False):
             append(response[:-1], len(prefix), number, k)  # the last token predicts nothing
             predicting += [end_of_prefix, *range(start, len(ids))]
             targets += response
+            lengths.append(len(response))
 
     base = base_model(model)
-    ids, position, row_of, branch, predicting, targets = (
-        torch.tensor(numbers, device=base.device)
-        for numbers in (ids, position, row_of, branch, predicting, targets)
-    )
-    embeds = embed(model, rows, ids)
+    ids, position = on_device([ids, position], base.device)  # (tokens,) each
+    predicting, targets = on_device([predicting, targets], base.device)  # (response tokens,) each
+    embeds = embed(model, rows, ids)  # (1, tokens, width)
+    inputs = {"inputs_embeds": embeds, "position_ids": position[None], "use_cache": False}
     if masked:
-        seen = {"attention_mask": branch_mask(row_of, branch, embeds.dtype)}
+        row_of, branch = on_device([row_of, branch], base.device)
+        inputs["attention_mask"] = branch_mask(row_of, branch, embeds.dtype)
     else:
         allow_segments()
-        seen = {"segments": segments_of(row_of.tolist(), branch.tolist(), embeds)}
-    hidden = decoder(model)(
-        inputs_embeds=embeds, position_ids=position[None], use_cache=False, **seen
-    ).last_hidden_state[0]  # (tokens, width)
+        inputs["segments"] = segments_of(row_of, branch, embeds)
+        inputs["attention_mask"] = embeds.new_zeros(1, 1, 1, 1)  # given: none is made, nor used
+    hidden = decoder(model)(**inputs).last_hidden_state[0]  # (tokens, width)
     logps = TokenLogProbs.apply(hidden[predicting], targets, base.get_output_embeddings())
-    return logps.split([len(response) for row in rows for response in row.responses])
+    return logps.split(lengths)
+
+
+def on_device(numbers, device):
+    """A tensor of numbers there. A GPU goes on with what it does; only a copy that blocks would
+    wait for it."""
+    return torch.tensor(numbers).to(device, non_blocking=True)
 
 
 def branch_mask(row_of, branch, dtype=torch.float32):
@@ -247,30 +255,36 @@ def embed(model, rows, ids):
 def add_image_features(model, rows):
     """Compute what is missing of `row.features`. The vision tower is frozen, so whoever calls this
     on rows before asking for several tables runs it once for all of them."""
-    for row in rows:
-        if row.features is None and "pixel_values" in row.inputs:
-            row.features = image_features(model, row)
+    rows = [row for row in rows if row.features is None and "pixel_values" in row.inputs]
+    shapes = {row.inputs["pixel_values"].shape for row in rows}
+    batches = [[row] for row in rows]
+    if len(shapes) == 1 and rows[0].inputs.keys() == PIXELS_ALONE:
+        batches = [rows]
+    image_token = base_model(model).config.image_token_id
+    for batch in batches:
+        features = image_features(model, batch)  # (image tokens of all rows, width)
+        for row, found in zip(batch, features.chunk(len(batch))):
+            wanted = int((row.inputs["input_ids"] == image_token).sum())
+            if wanted != len(found):
+                raise UserError(
+                    f"{row.source}: {wanted} image tokens in the prompt, {len(found)} features "
+                    "from the vision tower: processor and model do not fit (patch_size, "
+                    "num_additional_image_tokens, vision_feature_select_strategy)"
+                )
+            row.features = found
 
 
 @torch.no_grad()
-def image_features(model, row):
-    """(image tokens, width) from the frozen vision tower, for the image tokens in the prompt."""
+def image_features(model, rows):
+    """(image tokens of all rows, width) from the frozen vision tower."""
     base = base_model(model)
     images = {}
-    for name, tensor in row.inputs.items():
-        if name not in ("input_ids", "attention_mask"):
-            dtype = base.dtype if tensor.is_floating_point() else None
-            images[name] = tensor.to(base.device, dtype)
+    for name in rows[0].inputs.keys() - {"input_ids", "attention_mask"}:
+        tensor = torch.cat([row.inputs[name] for row in rows])
+        dtype = base.dtype if tensor.is_floating_point() else None
+        images[name] = tensor.to(base.device, dtype, non_blocking=True)
     found = base.get_image_features(**images, return_dict=True).pooler_output
-    features = torch.cat([image.flatten(0, -2) for image in found])
-    wanted = int((row.inputs["input_ids"] == base.config.image_token_id).sum())
-    if wanted != len(features):
-        raise UserError(
-            f"{row.source}: {wanted} image tokens in the prompt, {len(features)} features from the "
-            "vision tower: processor and model do not fit (patch_size, "
-            "num_additional_image_tokens, vision_feature_select_strategy)"
-        )
-    return features
+    return torch.cat([image.flatten(0, -2) for image in found])
 
 
 def base_model(model):
