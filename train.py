@@ -586,7 +586,7 @@ def command(argv):
         less = "--micro-batch 1, --grad-checkpointing, --load-4bit"
         raise UserError(f"out of memory, less at a time: {less} ({error})") from error
     # Without data of one's own, the run ends with what it was for: less hallucination.
-    if done == options.steps and options.model == str(TINY / "built" / "model"):
+    if done == options.steps and options.data == str(TINY / "built" / "prefs.jsonl"):
         from benchmarks.answers import before_and_after
 
         before_and_after(run.policy, run.prompts, TINY / "built" / "amber")

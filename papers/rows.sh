@@ -5,7 +5,7 @@
 # "LABEL @ X" is a point of LABEL's line in the figure. Between rows a table may choose other records:
 # `first N`, `contrast KIND`, `records FILE`, `tiny_records NAME OPTIONS`.
 #
-# On the tiny world each choice of options has the same four learning rates, tried on the bundled
+# On the tiny world each choice of options has the same three learning rates, tried on the bundled
 # records with one seed and judged on validation scenes by the mean of coverage and 100 - CHAIR;
 # other seeds see the test scenes. At full size a rate is --lr, the table's recipe, or train.py's own.
 set -euo pipefail
@@ -37,7 +37,7 @@ seeds=${seeds:-3} out=${out:-runs/papers/$name} recipe=() trained=0 hours=0
 mkdir -p "$out"
 
 # The tiny world's records and options, which are those of tiny/options.json.
-tiny=(--model "$root/tiny/built/model" --steps 60 --batch-size 16 --micro-batch 8 --lora-r 16)
+tiny=(--model "$root/tiny/built/model" --steps 60 --batch-size 8 --micro-batch 8 --lora-r 16)
 tiny+=(--lora-alpha 32 --warmup 0.1)
 bundled="$root/tiny/built/prefs.jsonl"
 chosen=(--data "${data:-$bundled}")
@@ -96,7 +96,7 @@ best_rate() { # OPTIONS...: sets rate, on the validation scenes of the tiny worl
     local folder best=-1 score chosen=(--data "$bundled")
     local tried="$(dirname "$out")/tuning/${*//[ -]/}"
     tried=${tried// /-}
-    for try in 1e-4 2e-4 5e-4 1e-3; do
+    for try in 1e-4 3e-4 1e-3; do
         folder=$tried-$try
         train "$folder" "$@" --seed 100 --lr "$try"
         evaluate "$folder/amber" amber "$benchmarks/amber_val" --dimension g
