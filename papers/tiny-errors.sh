@@ -3,7 +3,7 @@ tiny_only=yes
 . "$(dirname "$0")/rows.sh"
 measure amber-captions amber-sampled
 row base
-for error in 0 0.2 0.4; do
+for error in 0 0.4; do
     tiny_records "error-$error" --error "$error" --number 600
     row "SFT @ $error" --objective sft
     row "DPO @ $error" --objective dpo
