@@ -22,7 +22,7 @@ def main(argv=None):
     if name not in TABLES:
         print(__doc__)
         for table, path in TABLES.items():
-            print(f"{table:16}{path.read_text(encoding='utf-8').splitlines()[0][1:]}")
+            print(f"{table:20}{path.read_text(encoding='utf-8').splitlines()[0][1:]}")
         sys.exit(0 if name in ("", "--help") else 2)
     sys.exit(subprocess.run(["bash", TABLES[name], *options]).returncode)
 

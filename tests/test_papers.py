@@ -19,7 +19,7 @@ FULL_SIZE = ["--model", "m", "--data", "d.jsonl", "--benchmarks", f"{ROOT}/tiny/
 
 
 def commands(out, name, *options):
-    command = ["bash", TABLES[name], *options, "--dry-run", "--out", out]
+    command = ["bash", TABLES[name], *options, "--seeds", "1", "--dry-run", "--out", out]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = [shlex.split(line) for line in done.stdout.splitlines() if line.startswith("python ")]
     return [line[1:] for line in found]
@@ -47,7 +47,7 @@ def test_every_command_of_every_table_exists(tmp_path, name, options):
                     assert getattr(read, key) == preset[key]
         else:
             assert script == "evaluate.py"
-            assert evaluate.parse_args(argv).command == "run"
+            assert evaluate.parse_args(argv).command in ("run", "page")
 
 
 def test_lists_its_tables(capsys):
@@ -83,6 +83,8 @@ def test_a_table_is_made_once_and_goes_on_where_it_stopped(llava, prefs, tmp_pat
     first = subprocess.run(command, capture_output=True, text=True, env=path)
     assert first.returncode == 0, first.stdout + first.stderr
     assert first.stdout.count("python train.py") == first.stdout.count("evaluate.py run") == 1
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["state"] == "finished" and list(results["rows"]) == ["SymMPO"]
     made = json.loads((tmp_path / "out/SymMPO-0/amber-captions/metrics.json").read_text())
     assert made["row"] == "SymMPO" and "| SymMPO" in (tmp_path / "out/report.md").read_text()
     again = subprocess.run(command, capture_output=True, text=True, env=path)
@@ -91,3 +93,8 @@ def test_a_table_is_made_once_and_goes_on_where_it_stopped(llava, prefs, tmp_pat
     (tmp_path / "out/SymMPO-0/metrics.jsonl").unlink()  # a run that cannot go on
     broken = subprocess.run(command, capture_output=True, text=True, env=path)
     assert broken.returncode == 1 and "error: it failed, the end of" in broken.stderr
+    script.write_text(script.read_text().replace("finish\n", "row bad --objective dpo --lam 1\n"))
+    (tmp_path / "half").mkdir()
+    half = command[:-1] + [tmp_path / "half"]
+    assert subprocess.run(half, capture_output=True, env=path).returncode == 1
+    assert "state: unfinished" in (tmp_path / "half/results.md").read_text()
