@@ -17,17 +17,13 @@ from benchmarks import report
 from benchmarks.common import read
 from support.files import write_atomically, write_json
 
+LINES = ["amber CHAIR↓", "amber Cover↑", "amber sampled CHAIR↓", "amber sampled Cover↑"]
+
 
 def collect(out, name, state, paper, options):
-    files = list(dict.fromkeys(Path(out, "rows.part").read_text(encoding="utf-8").splitlines()))
-    untrained = name == "calibrate"
-    report.write(files, out, paper, differences=untrained)
-    rows = {}  # label: {column: [a value of each seed]}
-    for file in files:
-        result = read(file)
-        row = rows.setdefault(result["row"], {})
-        for column, value in report.row_of(result).items():
-            row.setdefault(column, []).append(value)
+    files = Path(out, "rows.part").read_text(encoding="utf-8").splitlines()
+    results = [read(file) for file in dict.fromkeys(files)]
+    rows = rows_of(results)
     facts = {
         "state": state,
         "command": f"python -m papers {name} {options}".strip(),
@@ -37,38 +33,52 @@ def collect(out, name, state, paper, options):
         "mean of coverage and 100 - CHAIR (tiny world)",
     }
     write_json(Path(out, "results.json"), {**facts, "rows": rows})
-    text = Path(out, "report.md").read_text(encoding="utf-8")
-    head = "".join(f"- {key}: {value}\n" for key, value in facts.items())
-    write_atomically(Path(out, "results.md"), f"# {name}\n\n{head}\n{text}")
+    known = report.published(paper, results[0]["model"])
+    headings = {}
+    for row in (rows | known).values():
+        headings |= dict.fromkeys(row)
+    text = f"# {name}\n\n"
+    for key, value in facts.items():
+        text += f"- {key}: {value}\n"
+    text += "\n" + "\n".join(report.table(rows | known, known, headings, {})) + "\n"
+    write_atomically(Path(out, "results.md"), text)
+    if state == "finished":
+        report.write(files, out, paper, differences=name == "calibrate")
     if any(" @ " in label for label in rows):
         draw_lines(rows, Path(out, "report.png"))
 
 
-def lines_of(rows, sampled):
-    """{label: {x: row}} of the rows called "label @ x, lr ..."."""
-    lines = {}
-    for title, row in rows.items():
-        label, at, rest = title.partition(" @ ")
-        if at and title.endswith("sampled") == sampled:
-            lines.setdefault(label, {})[rest.split(",")[0]] = row
-    return lines
+def rows_of(results):
+    """{row: {column: [a value of each seed]}}; sampled captions are columns of their own."""
+    rows = {}
+    for result in results:
+        label, sampled, _ = result["row"].partition(", sampled")
+        row = rows.setdefault(label, {})
+        for column, value in report.row_of(result).items():
+            if sampled:
+                column = column.replace("amber", "amber sampled")
+            row.setdefault(column, []).append(value)
+    return rows
 
 
 def draw_lines(rows, path):
     """CHAIR and coverage over X, greedy above and sampled below: mean and standard deviation."""
     from matplotlib.figure import Figure
 
+    lines = {}  # label: {x: row}
+    for title, row in rows.items():
+        label, at, rest = title.partition(" @ ")
+        if at:
+            lines.setdefault(label, {})[rest.partition(",")[0]] = row
     figure = Figure(figsize=(9, 6.4), layout="constrained")
-    axes = figure.subplots(2, 2, sharex=True)
-    for panels, sampled in zip(axes, (False, True)):
-        how = "temperature 1" if sampled else "greedy"
-        for axis, column in zip(panels, ("amber CHAIR↓", "amber Cover↑")):
-            for mark, (label, points) in zip("osD^vP*X", lines_of(rows, sampled).items()):
-                means = [statistics.mean(row[column]) for row in points.values()]
-                spread = [statistics.pstdev(row[column]) for row in points.values()]
-                axis.errorbar(list(points), means, spread, marker=mark, capsize=3, label=label)
-            axis.set_title(f"{column}, {how}")
-    axes[0, 0].legend()
+    panels = figure.subplots(2, 2, sharex=True).flat
+    for axis, column in zip(panels, LINES):
+        for mark, (label, points) in zip("osD^vP*X", lines.items()):
+            means = [statistics.mean(row[column]) for row in points.values()]
+            spread = [statistics.pstdev(row[column]) for row in points.values()]
+            axis.errorbar(list(points), means, spread, marker=mark, capsize=3, label=label)
+        axis.set_title(column)
+    axis.legend()
     figure.savefig(path, dpi=110)
 
 
