@@ -28,14 +28,15 @@ import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tqdm import tqdm
 
-from support.cli import Unreadable, UserError, kind_of, new_parser, places, run_command, within
+from support.cli import Unreadable, UserError, check_numbers, kind_of, parse, places, run_command
 from support.formats import IMAGES, RESPONSES
 from support.images import crop, open_image, pixel_hash
-from support.records import Records, add_data_options, folders_of
+from support.records import Records, folders_of
 from support.reference import key_of
 from support.signals import outlive_a_signal
 from symmpo import NONE, OBJECTIVES
@@ -390,6 +391,7 @@ class Survey:
 
 def check(args):
     """`python data.py check`: what a file holds; returns how many of its records are bad."""
+    check_numbers(args, any_sign=(), above_0=("max_length",))
     records, prompts = Records(args.data, args.image_root, args.fields), None
     if args.model:
         from vlm.load import load_processor
@@ -422,18 +424,38 @@ def check(args):
     return survey.bad()
 
 
+@dataclass
+class Options:
+    """What is typed.
+
+    command             what to do
+    data                record file, folder of them, or quoted glob (docs/data.md)
+    image_root          folder where image paths start, if not the data file's
+    fields              names in the file: prompt=instruction,chosen=good,image=img_path
+    allow_outside       permit image paths out of that folder
+    model               also render and tokenise for this model (folder or hub name)
+    prompt_format       auto: vicuna for LLaVA-1.5
+    max_length          tokens
+    show                show this record as the model sees it, counted from 0
+    all                 every bad record, not each kind once
+    page                also write a page (.html) with images and responses side by side
+    """
+
+    command: Literal["check"]
+    data: str
+    image_root: str = None
+    fields: str = None
+    allow_outside: bool = False
+    model: str = None
+    prompt_format: Literal["auto", "vicuna", "chat"] = "auto"
+    max_length: int = 2048
+    show: int = None
+    all: bool = False
+    page: str = None
+
+
 def main(argv=None):
-    parser = new_parser(__doc__)
-    add = parser.add_argument
-    add("command", choices=("check",))
-    add_data_options(parser)
-    add("--model", help="also render and tokenise for this model (folder or hub name)")
-    add("--prompt-format", choices=("auto", "vicuna", "chat"), default="auto")
-    add("--max-length", type=within(1), default=2048, help="tokens (default 2048)")
-    add("--show", type=within(0), help="show this record as the model sees it, counted from 0")
-    add("--all", action="store_true", help="every bad record, not each kind once")
-    add("--page", help="also write a page (.html) with images and responses side by side")
-    bad = run_command(check, parser.parse_args(argv))
+    bad = run_command(check, parse(Options, __doc__, argv, {}))
     sys.exit(1 if bad else 0)
 
 

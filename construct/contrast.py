@@ -9,17 +9,19 @@ contrast_image in the records.
 
 import os
 import random
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from PIL import Image
 from tqdm import tqdm
 
 from data import embed, nearest
-from support.cli import UserError, new_parser, run_command, within
+from support.cli import NEEDED, UserError, parse, run_command
 from support.files import write_lines
 from support.images import CROP_LARGE, crop, moco, noise, open_image
-from support.records import Records, add_data_options, need_other, with_files
+from support.records import DataOptions, Records, need_other, with_files
 
 # Kinds that are made from the image itself: (image, random generator, args) -> image
 MADE = {
@@ -65,6 +67,8 @@ def numbered(labels):
 
 def contrast(args):
     """The command: the records again, each with a contrast image."""
+    if not 1 <= args.step <= 1000:
+        raise UserError(f"--step {args.step}: must be 1 to 1000")
     out = Path(args.out)
     if not out.suffix:
         raise UserError(f"--out {out}: a file name such as {out}.jsonl; pictures go into {out}/")
@@ -100,24 +104,32 @@ def contrast(args):
     print(f"{out}: {len(lines):,} records, {len(records) - len(lines):,} left out (no image fits)")
 
 
+@dataclass
+class Options(DataOptions):
+    """What is typed.
+
+    out                 FILE.jsonl beside the images; made pictures go to FILE/
+    kind                of contrast image
+    seed                of what is drawn at random
+    encoder             for clip
+    min_sim             clip: least cosine of a neighbour
+    max_sim             clip: above it are duplicates
+    group               field; images that share it are never paired
+    step                noise: diffusion step of 1000
+    """
+
+    out: str = NEEDED
+    kind: Literal[*MADE, "random", "clip"] = "clip"
+    seed: int = 0
+    encoder: str = "openai/clip-vit-large-patch14-336"
+    min_sim: float = -1.0
+    max_sim: float = 0.98
+    group: str = "image"
+    step: int = 500
+
+
 def main(argv=None):
-    parser = new_parser(__doc__)
-    add = parser.add_argument
-    add_data_options(parser, "folder of images, record file, folder of them, or quoted glob")
-    add("--out", required=True, help="FILE.jsonl beside the images; made pictures go to FILE/")
-    add("--kind", default="clip", choices=(*MADE, "random", "clip"))
-    add("--seed", type=int, default=0)
-    add("--encoder", default="openai/clip-vit-large-patch14-336", help="for clip")
-    add("--min-sim", type=float, default=-1.0, help="clip: least cosine of a neighbour")
-    add("--max-sim", type=float, default=0.98, help="clip: above it are duplicates (default 0.98)")
-    add("--group", default="image", help="field; images that share it are never paired")
-    add(
-        "--step",
-        type=within(1, 1000),
-        default=500,
-        help="noise: diffusion step of 1000 (default 500)",
-    )
-    run_command(contrast, parser.parse_args(argv))
+    run_command(contrast, parse(Options, __doc__, argv, {}))
 
 
 if __name__ == "__main__":

@@ -31,10 +31,10 @@ from tqdm import tqdm
 from construct.review import figures, spread, template, words
 from data import RESPONSES
 from support.chat import ReplyLog, ask_all, chat_message, digest
-from support.cli import UserError, new_parser, run_command, within
+from support.cli import NEEDED, UserError, check_numbers, parse, run_command
 from support.files import write_lines
 from support.images import open_image, open_images
-from support.records import Records, add_data_options, need_other, with_files
+from support.records import DataOptions, Records, need_other, with_files
 from vlm.generate import generate
 from vlm.load import fingerprint, load_model
 from vlm.prompts import prompts_for
@@ -105,6 +105,7 @@ def write(drafts, args, step, **kinds):
 
 def build(args):
     """The command: the five steps, the gates, and the files of good and bad records."""
+    check_numbers(args, (), above_0=("samples", "max_side", "concurrency", "timeout"))
     records = Records(args.data, args.image_root, args.fields, needed=("image",))
     need_other(args.out, records)
     Path(f"{args.out}.work").mkdir(parents=True, exist_ok=True)
@@ -271,24 +272,38 @@ def gate(record):
     return None
 
 
+@dataclass
+class Options(DataOptions):
+    """What is typed.
+
+    out                 the records (.jsonl); all replies are kept in OUT.work
+    captioner           describes the images; a local model, if no server is given
+    captioner_url       its server
+    policy              the model to be trained, likewise
+    policy_url          its server
+    writer              sorts claims and writes responses, on a server
+    writer_url          its server
+    samples             answers of the policy
+    max_side            px of images sent
+    concurrency         requests at a time
+    timeout             seconds a request
+    """
+
+    out: str = NEEDED
+    captioner: str = NEEDED
+    captioner_url: str = None
+    policy: str = NEEDED
+    policy_url: str = None
+    writer: str = NEEDED
+    writer_url: str = NEEDED
+    samples: int = 4
+    max_side: int = 1024
+    concurrency: int = 8
+    timeout: float = 120.0
+
+
 def main(argv=None):
-    parser = new_parser(__doc__)
-    add = parser.add_argument
-    add_data_options(parser)
-    add("--out", required=True, help="the records (.jsonl); all replies are kept in OUT.work")
-    tasks = {
-        "captioner": "describes the images; a local model, if no server is given",
-        "policy": "the model to be trained, likewise",
-        "writer": "sorts claims and writes responses, on a server",
-    }
-    for role, task in tasks.items():
-        add(f"--{role}", required=True, metavar="MODEL", help=task)
-        add(f"--{role}-url", required=role == "writer", metavar="URL", help=f"server of the {role}")
-    add("--samples", type=within(1), default=4, help="answers of the policy (default 4)")
-    add("--max-side", type=within(1), default=1024, help="px of images sent (default 1024)")
-    add("--concurrency", type=within(1), default=8, help="requests at a time (default 8)")
-    add("--timeout", type=within(1, kind=float), default=120, help="seconds a request (120)")
-    run_command(build, parser.parse_args(argv))
+    run_command(build, parse(Options, __doc__, argv, {}))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import os
 import re
 from array import array
 from bisect import bisect_right
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
@@ -218,13 +219,20 @@ def field_names(text):
     return names
 
 
-def add_data_options(parser, what="record file, folder of them, or quoted glob (docs/data.md)"):
-    """What every command that reads records has."""
-    add = parser.add_argument
-    add("data", help=what)
-    add("--image-root", help="folder where image paths start, if not the data file's")
-    add("--fields", help="names in the file: prompt=instruction,chosen=good,image=img_path")
-    add("--allow-outside", action="store_true", help="permit image paths out of that folder")
+@dataclass
+class DataOptions:
+    """What every command that reads records has.
+
+    data                record file, folder of them or of images, or quoted glob (docs/data.md)
+    image_root          folder where image paths start, if not the data file's
+    fields              names in the file: prompt=instruction,chosen=good,image=img_path
+    allow_outside       permit image paths out of that folder
+    """
+
+    data: str
+    image_root: str = None
+    fields: str = None
+    allow_outside: bool = False
 
 
 @contextlib.contextmanager

@@ -21,11 +21,13 @@ Where the original code is followed, and where not:
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from support.cli import UserError, new_parser, run_command
+from support.cli import NEEDED, UserError, parse, run_command
 from support.files import lock, write_json
 from support.settings import need_same
 from vlm.load import named
@@ -322,17 +324,28 @@ def write_weights(path, tensors):
     part.rename(path)
 
 
+@dataclass
+class Options:
+    """What is typed.
+
+    checkpoint          folder in the original format
+    vision_tower        folder of its CLIP or SigLIP
+    out                 folder to write
+    lora                folder of an adapter in the original format
+    keep_vocabulary     see above
+    conversation        its first sentence; SymMPO and RLAIF-V were trained with llava_v1
+    """
+
+    checkpoint: str
+    vision_tower: str = NEEDED
+    out: str = NEEDED
+    lora: str = None
+    keep_vocabulary: bool = False
+    conversation: Literal["vicuna_v1", "llava_v1"] = "vicuna_v1"
+
+
 def main(argv=None):
-    parser = new_parser(__doc__)
-    parser.add_argument("checkpoint", help="folder in the original format")
-    parser.add_argument("--vision-tower", required=True, help="folder of its CLIP or SigLIP")
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--lora", help="folder of an adapter in the original format")
-    parser.add_argument("--keep-vocabulary", action="store_true", help="see above")
-    systems = read_json(ORIGINAL)["systems"]
-    text = "the prompt's first sentence; SymMPO and RLAIF-V were trained with llava_v1"
-    parser.add_argument("--conversation", choices=systems, default="vicuna_v1", help=text)
-    run_command(convert, parser.parse_args(argv))
+    run_command(convert, parse(Options, __doc__, argv, {}))
 
 
 if __name__ == "__main__":
