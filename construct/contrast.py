@@ -7,6 +7,8 @@ Pictures that you made yourself (synthetic, in SymMPO's Fig. 4) need no command:
 contrast_image in the records.
 """
 
+import functools
+import math
 import os
 import random
 from dataclasses import dataclass
@@ -23,38 +25,33 @@ from support.files import write_lines
 from support.images import CROP_LARGE, crop, moco, noise, open_image
 from support.records import DataOptions, Records, need_other, with_files
 
-# Kinds that are made from the image itself: (image, random generator, args) -> image
+# Kinds that are made from the image itself: (image, random generator) -> image
 MADE = {
-    "crop": lambda image, rng, args: crop(image, rng),
-    "crop-large": lambda image, rng, args: crop(image, rng, CROP_LARGE),
-    "black": lambda image, rng, args: Image.new("RGB", image.size),
-    "noise": lambda image, rng, args: noise(image, rng, args.step),
-    "moco": lambda image, rng, args: moco(image, rng),
+    "crop": crop,
+    "crop-large": functools.partial(crop, keep=CROP_LARGE),
+    "black": lambda image, rng: Image.new("RGB", image.size),
+    "noise": noise,
+    "moco": moco,
 }
 
 
-def choose(args, given):
-    """{path of an image: (its contrast image, cosine or None)} for the kinds that take another
-    record's image; one for which no other will do is left out. given: (fields, files) of each
-    record."""
-    group_of = {}
-    for fields, files in given:
-        group_of[files["image"]] = str(fields.get(args.group, files["image"]))
-    images, chosen = list(group_of), {}
+def choose(args, images):
+    """{path of an image: (its contrast image, cosine or None)} for the kinds that take another one
+    of the images; one for which no other will do is left out."""
+    chosen = {}
+    if len(images) < 2:
+        return chosen
     if args.kind == "random":
         rng = random.Random(args.seed)
-        for image in images:
-            for other in rng.choices(images, k=20):
-                if group_of[other] != group_of[image]:
-                    chosen[image] = (other, None)
-                    break
+        for number, image in enumerate(images):
+            other = (number + rng.randrange(1, len(images))) % len(images)
+            chosen[image] = (images[other], None)
         return chosen
 
     vectors, pixels = embed(images, args.encoder, Path(args.out).with_suffix(""))
-    same_pixels, same_group = numbered(pixels), numbered(group_of.values())
-    index, cosines = nearest(vectors, [same_pixels, same_group], args.max_sim)
+    index, cosines = nearest(vectors, [numbered(pixels)], args.max_sim)
     for image, i, cosine in zip(images, index.tolist(), cosines.tolist()):
-        if cosine >= args.min_sim:
+        if math.isfinite(cosine):  # -inf where there is none
             chosen[image] = (images[i], round(cosine, 4))
     return chosen
 
@@ -67,8 +64,6 @@ def numbered(labels):
 
 def contrast(args):
     """The command: the records again, each with a contrast image."""
-    if not 1 <= args.step <= 1000:
-        raise UserError(f"--step {args.step}: must be 1 to 1000")
     out = Path(args.out)
     if not out.suffix:
         raise UserError(f"--out {out}: a file name such as {out}.jsonl; pictures go into {out}/")
@@ -79,15 +74,17 @@ def contrast(args):
     given = [with_files(records, i, folder / "given", args.allow_outside) for i in numbers]
     folder.mkdir(parents=True, exist_ok=True)
 
-    chosen = {} if args.kind in MADE else choose(args, given)
-    lines = []
+    chosen, lines = {}, []
+    if args.kind not in MADE:
+        images = dict.fromkeys(files["image"] for _, files in given)
+        chosen = choose(args, list(images))
     for number, (fields, files) in enumerate(tqdm(given, desc=args.kind, unit=" records")):
         image = files["image"]
         if args.kind in MADE:
             seed = f"{args.seed} {number} {fields['image']}"
             rng = random.Random(seed.encode("utf-8", "replace"))  # a path may be none
             other, cosine = folder / f"{number:06d}.png", None
-            MADE[args.kind](open_image(str(image)), rng, args).save(other)
+            MADE[args.kind](open_image(str(image)), rng).save(other)
         elif image in chosen:
             other, cosine = chosen[image]
         else:
@@ -112,20 +109,14 @@ class Options(DataOptions):
     kind                of contrast image
     seed                of what is drawn at random
     encoder             for clip
-    min_sim             clip: least cosine of a neighbour
     max_sim             clip: above it are duplicates
-    group               field; images that share it are never paired
-    step                noise: diffusion step of 1000
     """
 
     out: str = NEEDED
     kind: Literal[*MADE, "random", "clip"] = "clip"
     seed: int = 0
     encoder: str = "openai/clip-vit-large-patch14-336"
-    min_sim: float = -1.0
     max_sim: float = 0.98
-    group: str = "image"
-    step: int = 500
 
 
 def main(argv=None):
