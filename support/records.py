@@ -1,11 +1,10 @@
-"""Files of records: JSON lines, a JSON list, Parquet, Arrow, CSV; one file, a folder, or a glob.
+"""Files of records: JSON lines, a JSON list, Parquet; one file, a folder, or a glob.
 
 Every kind gives its records by number, in one order, and keeps little of them in memory. What we do
 not read is named for what it is, with the way on.
 """
 
 import contextlib
-import csv
 import glob
 import hashlib
 import json
@@ -21,8 +20,6 @@ from support.cli import Unreadable, UserError
 from support.formats import FIELDS, IMAGES, LAYOUTS, normalise
 from support.images import decoded, need_inside, open_image, pixel_hash
 
-SUFFIXES = ".jsonl .json .parquet .arrow .csv .tsv".split()
-BETWEEN = {".csv": ",", ".tsv": "\t"}  # the cells of a row
 PICTURES = tuple(".jpg .jpeg .png .webp .bmp .gif .tif .tiff".split())
 NO_RECORDS = ("dataset_info.json", "dataset_dict.json", "state.json")  # beside Arrow files
 NOT_READ = {  # how a file begins: what it is, and the way on
@@ -32,6 +29,13 @@ NOT_READ = {  # how a file begins: what it is, and the way on
     b"PK": "a zip archive: unpack it with `unzip`",
     (b"\xff\xfe", b"\xfe\xff"): "UTF-16 text: convert it with `iconv -f UTF-16 -t UTF-8`",
 }
+TABLE = "a table of text: pandas.read_csv(FILE, sep=...).to_json(OUT, orient='records', lines=True)"
+NOT_READ_BY_SUFFIX = {
+    ".csv": TABLE,
+    ".tsv": TABLE,
+    ".arrow": "an Arrow file: datasets.load_from_disk(FOLDER).to_parquet(OUT) makes it Parquet",
+}
+SUFFIXES = (".jsonl", ".json", ".parquet", *NOT_READ_BY_SUFFIX)
 NOT_UTF8 = "the file is not UTF-8: convert it, perhaps with `iconv -f LATIN1 -t UTF-8`"
 
 # --- one file ------------------------------------------------------------------------------------
@@ -85,16 +89,6 @@ def json_list(path):
         ) from error
 
 
-def table_of_text(path, between):
-    """The rows of a CSV or TSV file; an empty cell is none."""
-    csv.field_size_limit(2**27)
-    rows = []
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        for row in csv.DictReader(file, restkey="cells without a name", delimiter=between):
-            rows.append({name: value for name, value in row.items() if value})
-    return Listed(path, "row", rows)
-
-
 def pictures(path):
     """A folder's pictures: records that have nothing but an image."""
     names = [name for name in sorted(os.listdir(path)) if name.lower().endswith(PICTURES)]
@@ -123,22 +117,6 @@ class Parquet(Listed):
         return self.table.slice(i - self.starts[group], 1).to_pylist()[0]
 
 
-class Arrow(Listed):
-    """The rows of an Arrow file, which is mapped from the disk."""
-
-    def __init__(self, path):
-        import pyarrow
-
-        file = pyarrow.memory_map(str(path))
-        is_file = file.read(6) == b"ARROW1"  # else a stream, as `save_to_disk` writes it
-        file.seek(0)
-        reader = pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream
-        super().__init__(path, "row", reader(file).read_all())
-
-    def read(self, i):
-        return self.found.slice(i, 1).to_pylist()[0]
-
-
 def open_file(path):
     """The records of one file, of whatever kind it is."""
     if os.path.isdir(path):
@@ -151,10 +129,8 @@ def open_file(path):
     suffix = Path(path).suffix.lower()
     if head.startswith(b"PAR1") or suffix == ".parquet":
         return Parquet(path)
-    if suffix == ".arrow":
-        return Arrow(path)
-    if suffix in BETWEEN:
-        return table_of_text(path, BETWEEN[suffix])
+    if suffix in NOT_READ_BY_SUFFIX:
+        raise UserError(f"{path}: {NOT_READ_BY_SUFFIX[suffix]}")
     if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
         return json_list(path)
     lines = JsonLines(path)

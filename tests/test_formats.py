@@ -1,7 +1,6 @@
 """Records as people have them: read in one form, or refused with the reason."""
 
 import base64
-import csv
 import gzip
 import io
 import json
@@ -263,22 +262,6 @@ def test_shards_in_a_folder_or_a_glob_are_one_set_in_one_order(folder):
         Records(folder / "data")
 
 
-def test_tables(folder):
-    for name, between in (("t.csv", ","), ("t.tsv", "\t")):
-        with open(folder / name, "w", newline="") as file:
-            writer = csv.DictWriter(file, [*PLAIN, "contrast_image"], delimiter=between)
-            writer.writeheader()
-            writer.writerow({**PLAIN, "prompt": 'a "b",\nc?'})
-        [record] = Records(folder / name)
-        assert record["prompt"] == 'a "b",\nc?' and "contrast_image" not in record
-    table = pyarrow.Table.from_pylist([PLAIN, PLAIN])
-    (folder / "saved").mkdir()
-    with pyarrow.ipc.new_stream(folder / "saved" / "data-00000.arrow", table.schema) as stream:
-        stream.write_table(table)
-    (folder / "saved" / "state.json").write_text("{}")
-    assert texts(Records(folder / "saved")) == [TEXTS] * 2
-
-
 def test_byte_order_marks_and_windows_lines(folder):
     line = json.dumps(PLAIN)
     (folder / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + f"{line}\r\n{line}\r\n".encode())
@@ -292,6 +275,8 @@ def test_byte_order_marks_and_windows_lines(folder):
         ("a.jsonl", json.dumps(PLAIN).encode("utf-16"), "UTF-16"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
         ("a.zip", b"PK\3\4", "zip"),
+        ("a.csv", b"image,prompt", "read_csv"),
+        ("a.arrow", b"\xff\xff\xff\xff", "load_from_disk"),
         ("a.json", json.dumps({"data": [PLAIN]}, indent=1).encode(), "several lines"),
     ],
 )

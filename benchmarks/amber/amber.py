@@ -15,20 +15,11 @@ noun is lemmatised before it is looked up, as officially: so the scorer never me
 
 from collections import Counter, defaultdict
 
-from benchmarks.common import (
-    HERE,
-    Case,
-    find,
-    need_fields,
-    question_about,
-    read,
-    rows_of,
-)
+from benchmarks.common import HERE, Case, find, need_fields, question_about, read
 from benchmarks.words import noun_reader, similarity
 from support.cli import UserError
 
 ITEMS, ANSWER, JUDGE = 15220, "response", "none"
-TSV = "AMBER*.tsv"  # VLMEvalKit's: the yes/no questions alone
 COLUMNS = {  # of the report: heading -> where it stands in the metrics
     "Acc↑": "discriminative.Accuracy",
     "F1↑": "discriminative.F1",
@@ -45,10 +36,7 @@ PARTS = read(HERE / "amber/parts.json")
 def questions(folder, settings):
     notes, asked = notes_of(folder), []
     wanted = set(PARTS["of_dimension"][settings.dimension])
-    rows = rows_of(folder, "query/query_all.json", TSV)
-    for row in rows:
-        if "query" not in row:
-            row = {"id": int(row["index"]), "query": row["question"], "image": row["image"]}
+    for row in read(find(folder, "query/query_all.json")):
         if not wanted.isdisjoint(PARTS["of_type"][notes[row["id"]]["type"]]):
             asked.append(question_about(row, folder, "image", settings, row["query"]))
 
@@ -62,13 +50,7 @@ def questions(folder, settings):
 
 def notes_of(folder):
     """{id: what the annotators say of the question}."""
-    rows = rows_of(folder, "annotations.json", TSV)
-    if "type" in rows[0]:
-        return dict(enumerate(rows, start=1))
-    notes = {}
-    for row in rows:
-        notes[int(row["index"])] = {"type": row["category"], "truth": row["answer"]}
-    return notes
+    return dict(enumerate(read(find(folder, "annotations.json")), start=1))
 
 
 def score(answers, folder, settings):
@@ -80,7 +62,7 @@ def score(answers, folder, settings):
             raise UserError(f"answer {number}: AMBER has no question with the id {answer['id']}")
         note, text = notes[answer["id"]], answer[ANSWER]
         if note["type"] == "generative":
-            if captions is None:  # a TSV has no captions, and no lists of words
+            if captions is None:
                 captions = Captions(folder, settings.similar)
             settings.cases.append(captions.add(text, note))
             continue

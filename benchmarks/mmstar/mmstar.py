@@ -14,19 +14,11 @@ import contextlib
 import re
 from collections import Counter
 
-from benchmarks.common import (
-    HERE,
-    Case,
-    need_fields,
-    percent,
-    question_about,
-    read,
-    rows_of,
-)
+from benchmarks.common import HERE, Case, need_fields, percent, question_about, read, rows_of
 from support.cli import UserError
 
 ITEMS, ANSWER, JUDGE = 1500, "prediction", "none"
-FILES = ("mmstar.json*", "MMStar.tsv", "*.parquet")
+FILES = ("mmstar.json*", "*.parquet")
 COLUMNS = {"Overall↑": "overall"}
 SUFFIX = {  # what is asked behind a question
     "symmpo": "\nAnswer the question directly.",
