@@ -9,8 +9,8 @@ JUDGE ("none", "optional" or "needed"), COLUMNS (of the report), and
     is_clear(text)    where answers have a form: has this one?
 
 and, if JUDGE is not "none", check_reply(text), which returns a judgement as it is scored, and
-judge_messages(prompt, row) where it is not the filled-in prompt, as a user's message; beside it
-stand README.md (source, licence, how to get it, departures), word lists and the judge's prompt.
+is_unasked(row) where some answers need no judge (their judgement is []). Beside it stand README.md
+(source, licence, how to get it, departures), word lists and the judge's prompt.
 Another benchmark is another folder, and its name here.
 """
 

@@ -15,12 +15,11 @@ def judge(args):
     benchmark, folder = BENCHMARKS[args.benchmark], Path(args.out)
     answers = read(folder / "answers.jsonl")
     prompt = Template((HERE / args.benchmark / "judge.txt").read_text(encoding="utf-8"))
-    messages_of, asked = getattr(benchmark, "judge_messages", user_message), {}
+    is_unasked, asked = getattr(benchmark, "is_unasked", lambda row: False), {}
     with well_formed(args.benchmark, folder):
         for number, row in enumerate(answers):
-            messages = messages_of(prompt, row)
-            if messages is not None:
-                asked[number] = messages
+            if not is_unasked(row):
+                asked[number] = [{"role": "user", "content": prompt.substitute(row)}]
     replies = ask_in_order(
         list(asked.items()),
         folder / "judge_replies.jsonl",
@@ -39,7 +38,3 @@ def judge(args):
             text = benchmark.check_reply(text)
         lines.append({"text": text, "model": args.judge_model})
     write_lines(folder / "judgements.jsonl", lines)
-
-
-def user_message(prompt, row):
-    return [{"role": "user", "content": prompt.substitute(row)}]

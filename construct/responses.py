@@ -197,25 +197,20 @@ def ask(drafts, questions, step, role, args, parse=usable_text):
     for own in questions:
         requests |= {question.id(): question for question in own}
     if getattr(args, f"{role}_url"):
-        texts = dict(ask_server(requests, log, step, role, args, parse))
+        entries = dict(ask_server(requests, log, step, role, args, parse))
     else:
-        texts = dict(answer_locally(requests, log, getattr(args, role), **SAMPLING[role]))
-    failed = {}
-    for line in Path(log).read_bytes().splitlines():
-        entry = json.loads(line)
-        if "reason" in entry:
-            failed[entry["id"]] = entry
+        entries = dict(answer_locally(requests, log, getattr(args, role), **SAMPLING[role]))
     for draft, own in zip(drafts, questions):
-        missing = [question.id() for question in own if texts[question.id()] is None]
-        if missing:
-            entry = failed[missing[0]]
-            draft.reason, draft.reply = f"{step}: {entry['reason']}", entry["text"]
+        replies = [entries[question.id()] for question in own]
+        failed = [entry for entry in replies if "reason" in entry]
+        if failed:
+            draft.reason, draft.reply = f"{step}: {failed[0]['reason']}", failed[0]["text"]
         else:
-            yield draft, [parse(texts[question.id()]) for question in own]
+            yield draft, [parse(entry["text"]) for entry in replies]
 
 
 def ask_server(requests, log, step, role, args, parse):
-    """(id, text or None) for {id: Question}, from the role's server."""
+    """(id, entry of the log) for {id: Question}, from the role's server."""
     chats = []
     for id, question in requests.items():
         late = functools.partial(chat_message, question.text, question.file, args.max_side)
@@ -256,7 +251,7 @@ def answer_locally(requests, log, path, temperature, max_tokens, batch=8):
                         entry["reason"] = "malformed reply: empty"
                     kept.append(entry)
             for id, name in zip(here, names):
-                yield id, kept.entries[name][-1]["text"] or None
+                yield id, kept.entries[name][-1]
 
 
 def gate(record):

@@ -78,7 +78,8 @@ def questions(n):
 
 def ask(requests, log, url, **options):
     options = {"model": "m", "timeout": 5, **options}
-    return dict(ask_all(requests, log, base_url=url, **options))
+    entries = ask_all(requests, log, base_url=url, **options)
+    return {id: None if "reason" in entry else entry["text"] for id, entry in entries}
 
 
 def echo(body, attempt):

@@ -863,7 +863,7 @@ def test_judging_stores_replies_first_and_resumes(serve, objhal, tmp_path, capsy
 
     def script(body, attempt):
         text = body["messages"][0]["content"]
-        assert body["messages"][0]["role"] == "system" and "Describe." in text
+        assert body["messages"][0]["role"] == "user" and "Describe." in text
         if "cat" in text:
             return '["cat", "laptop"]'
         return "I see dogs" if broken["yes"] else '["dogs", "dining table"]'

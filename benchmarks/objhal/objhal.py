@@ -43,14 +43,8 @@ def questions(folder, settings):
 # --- the judge ------------------------------------------------------------------------------------
 
 
-def judge_messages(prompt, row):
-    """None for an answer that is too short to list objects: it is [] unasked."""
-    if is_short(row):
-        return None
-    return [{"role": "system", "content": prompt.substitute(row)}]
-
-
-def is_short(row):
+def is_unasked(row):
+    """An answer that is too short to list objects: its judgement is []."""
     return len(without_speaker(row["text"]).split()) <= 3
 
 
@@ -106,7 +100,7 @@ def score(answers, folder, settings):
 
 def listed(row, reply):
     """The phrases that the judge lists for an answer."""
-    if is_short(row):
+    if is_unasked(row):
         return []
     try:
         return json.loads(check_reply(reply))

@@ -489,7 +489,7 @@ def mad_server(w, n=300):
     again = dict(ask_all(questions, w.folder / "mad.jsonl", **options))
     stop()
     for i in range(n):
-        good = got[f"q{i}"] == again[f"q{i}"] == f"re: question {i}"
+        good = got[f"q{i}"]["text"] == again[f"q{i}"]["text"] == f"re: question {i}"
         bounded = tries[f"question {i}"] <= 20 and sum(tries.values()) == asked
         yield "" if good and bounded else f"q{i}: {got[f'q{i}']}"
 
