@@ -42,6 +42,8 @@ def generate(args):
     """answers.jsonl of a model, or of an adapter on it; returns the file."""
     if args.server:
         return generate_on_server(args)
+    if args.adapter and not Path(args.adapter, "adapter_config.json").is_file():
+        raise UserError(f"--adapter {args.adapter}: no PEFT folder (it has no adapter_config.json)")
     from vlm.load import fingerprint, load_adapter, load_model  # torch: only where a model answers
     from vlm.prompts import prompts_for
 

@@ -701,7 +701,7 @@ def test_an_adapter_is_a_row_beside_its_base(llava, adapter, amber, tmp_path, ca
     assert "- amber, max_new_tokens: ours 5, published 1024" in table
     with pytest.raises(SystemExit):
         run(*command, "--adapter", tmp_path)
-    assert "the adapter cannot be loaded" in capsys.readouterr().err
+    assert "no PEFT folder (it has no adapter_config.json)" in capsys.readouterr().err
 
 
 def test_resuming_without_a_progress_bar(loaded, amber, monkeypatch):
