@@ -1,4 +1,4 @@
-"""report.md and report.png: the rows of metrics.json files beside the paper's rows.
+"""report.md: the rows of metrics.json files beside the paper's rows.
 
 (!) marks rows of which more than 2 % of the answers or judgements are empty, cut or unclear.
 
@@ -47,7 +47,6 @@ def write(files, folder, paper=None, differences=False):
     text = "\n".join(lines)
     print(text)
     write_atomically(Path(folder, "report.md"), text + "\n")
-    draw(rows, headings, Path(folder, "report.png"))
 
 
 def row_of(result):
@@ -113,18 +112,3 @@ def made(results):
         facts = [f"{name}: {value}" for name, value in result.items() if name != "metrics"]
         lines.append("- " + "; ".join(facts))
     return lines
-
-
-def draw(rows, headings, path):
-    """A panel of bars for each column."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
-    colors = colormaps["viridis"].resampled(len(rows)).colors  # readable without colour vision
-    figure = Figure(figsize=(1.6 * len(headings) + 4, 3.2), layout="constrained")
-    for axis, heading in zip(figure.subplots(1, len(headings), squeeze=False)[0], headings):
-        heights = [statistics.mean(row.get(heading, [0])) for row in rows.values()]
-        axis.bar(range(len(rows)), heights, color=colors, label=list(rows))
-        axis.set(title=heading.replace(" ", "\n"), xticks=[])
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside right")
-    figure.savefig(path, dpi=110)

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from construct.review import figures, spread, template, words
+from construct.review import template, words
 from data import RESPONSES
 from support.chat import ReplyLog, ask_all, chat_message, digest
 from support.cli import NEEDED, UserError, check_numbers, parse, run_command
@@ -132,8 +132,6 @@ def build(args):
     print(f"{args.out}: {len(good):,} records; {len(bad):,} in {rejected}")
     for reason, count in Counter(record["reason"] for record in bad).most_common(9):
         print(f"    {count:,} {reason}")
-    for name, values in figures(good).items():
-        print(f"{name:32} (min, 5 %, median, 95 %, max)", *spread(values))
 
 
 def usable(drafts):

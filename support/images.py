@@ -2,7 +2,6 @@
 that are made from an image itself. No file here knows what a model is."""
 
 import base64
-import functools
 import hashlib
 import io
 import os
@@ -17,7 +16,8 @@ from support.cli import Unreadable, UserError
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # a long text chunk is no reason to refuse a picture
 BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
 FULL_SCALES = (1, 255, 1023, 4095, 16383, 65535)  # white of float, 8, 10, 12, 14 and 16 bits
-FORMATS = "PNG JPEG MPO WEBP GIF BMP TIFF PPM JPEG2000 AVIF TGA ICO".split()
+Image.init()
+FORMATS = [name for name in Image.OPEN if name != "EPS"]  # reading one would start Ghostscript
 LONGEST = 200  # times the shorter side: processors scale that one up, whatever becomes of the other
 CROP, CROP_LARGE = (0.01, 0.2), (0.2, 0.5)  # share of the area that a crop keeps (mDPO Table 3)
 
@@ -58,19 +58,12 @@ def open_image(source, root=".", allow_outside=True):
     if source.startswith(b"version https://git-lfs"):
         raise UserError(f"{name}: a Git LFS pointer, not the image: run `git lfs pull`")
     try:
-        with Image.open(io.BytesIO(source), formats=formats()) as image:
+        with Image.open(io.BytesIO(source), formats=FORMATS) as image:
             if max(image.size) > LONGEST * min(image.size):
                 raise ValueError(f"{image.width} x {image.height} pixels, too long and thin")
             return to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # PIL's readers raise many kinds
         raise UserError(f"{name}: not a readable image: {str(error):.200}") from error
-
-
-@functools.cache
-def formats():
-    """Those of FORMATS that this Pillow can read. No EPS: reading one would start Ghostscript."""
-    Image.init()
-    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def contents_of(path, file, root, allow_outside):

@@ -260,6 +260,9 @@ class Records:
         file, k = self.place(i)
         return file.source(k)
 
+    def root(self, i):
+        return self.place(i)[0].root
+
     def raw(self, i):
         """Record i as it stands in the file, under our names where --fields gives them."""
         file, k = self.place(i)
@@ -286,7 +289,7 @@ class Records:
             record = normalise(raw, self.needed)
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise UserError(f"{source}: {error}") from error
-        return {**record, "source": source, "root": self.place(i)[0].root}
+        return {**record, "source": source, "root": self.root(i)}
 
 
 # --- records whose images are files --------------------------------------------------------------
@@ -310,12 +313,6 @@ def with_files(records, i, folder, allow_outside):
         if files[name].parent == Path(folder):
             fields[name] = files[name].name
     return fields, files
-
-
-def folders_of(record):
-    """Where a record's images are, if they are files."""
-    images = [record[name] for name in IMAGES if isinstance(record.get(name), str)]
-    return {os.path.dirname(record["root"] / image) for image in images if len(image) < 1000}
 
 
 def need_other(out, records):

@@ -672,7 +672,6 @@ def test_run_goes_on_where_it_stopped_and_refuses_other_settings(llava, amber, t
         "answers.jsonl",
         "answers.settings.json",
     ]
-    assert (out / "report.png").stat().st_size > 5000
 
 
 def test_an_adapter_is_a_row_beside_its_base(llava, adapter, amber, tmp_path, capsys):

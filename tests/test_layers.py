@@ -31,7 +31,6 @@ MAY_IMPORT = {
 INSIDE_FUNCTIONS = {
     "benchmarks/answers.py": ("vlm",),
     "evaluate.py": ("vlm",),
-    "data.py": ("construct",),
     "train.py": ("benchmarks",),
 }
 # Slow or optional: inside the functions that need them, except in these folders.

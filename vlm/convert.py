@@ -28,6 +28,8 @@ from typing import Literal
 import torch
 
 from support.cli import NEEDED, UserError, parse, run_command
+from support.files import lock, write_json
+from support.settings import need_same
 from vlm.load import named
 
 ORIGINAL = Path(__file__).with_name("original.json")
@@ -41,62 +43,48 @@ def read_json(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-# --- weights --------------------------------------------------------------------------------------
+# --- where the weights are ------------------------------------------------------------------------
 
 
-def tensors_in(folder, stem="model"):
-    """{name: tensor} of a folder with safetensors or .bin files, in one piece or in shards. Pickled
-    code is refused."""
-    from safetensors.torch import load_file
-
+def weights_in(folder, stem="model"):
+    """{name: file} of a folder with safetensors or .bin files, in one piece or in shards."""
     patterns = (f"{stem}*.safetensors", f"pytorch_{stem}*.bin", f"{stem}.bin")
     for pattern in patterns:
-        tensors = {}
+        found = {}
         for file in sorted(Path(folder).glob(pattern)):
-            with named(f"{file}: cannot be read"):
-                if file.suffix == ".bin":
-                    tensors |= torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-                else:
-                    tensors |= load_file(file)
-        if tensors:
-            return tensors
+            found |= dict.fromkeys(tensors_in(file), file)
+        if found:
+            return found
     raise UserError(f"{folder}: no weights in there ({', '.join(patterns)})")
 
 
-def original_weights(args, config):
-    """{original name: tensor} of tower, checkpoint, adapter; the last one counts."""
-    weights = {}
-    for name, tensor in tensors_in(args.vision_tower).items():
+def tensors_in(file):
+    """{name: tensor}; what they hold is read when it is used. Pickled code is refused."""
+    from safetensors.torch import load_file
+
+    with named(f"{file}: cannot be read"):
+        if file.suffix == ".bin":
+            return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        return load_file(file)
+
+
+def places_of(args, config):
+    """{original name: (file, name in it)} of tower, checkpoint, adapter; the last one counts."""
+    places = {}
+    for name, file in weights_in(args.vision_tower).items():
         if name.startswith("vision_model."):
-            weights[TOWER + name] = tensor
-    if not weights:
+            places[TOWER + name] = (file, name)
+    if not places:
         raise UserError(f"{args.vision_tower}: no vision_model.* in there, so no CLIP or SigLIP")
     trained = config.get("unfreeze_mm_vision_tower") or config.get("unfreeze_vision_tower")
-    for name, tensor in tensors_in(args.checkpoint).items():
+    for name, file in weights_in(args.checkpoint).items():
         if trained or not name.startswith(TOWER):
-            weights[name] = tensor
-    if args.lora and Path(args.lora, "non_lora_trainables.bin").is_file():
-        for name, tensor in tensors_in(args.lora, "non_lora_trainables").items():
-            weights[name.removeprefix("base_model.model.")] = tensor
-    return weights
-
-
-def converted(args, config, made):
-    """{name: tensor} for transformers."""
-    weights, lora = original_weights(args, config), read_lora(args.lora)
-    for name in lora[0]:
-        if re.sub(r"lora_[AB]\.", "", name) not in weights:
-            raise UserError(f"{args.lora}, {name}: the adapter is not for this model")
-    result, rows = {}, made.original_vocabulary
-    for original, tensor in weights.items():
-        tensor = with_lora(tensor, original, lora)
-        if original in ("model.embed_tokens.weight", "lm_head.weight"):
-            missing = made.text_config.vocab_size - rows  # <image>'s, if there is none to spare
-            tensor = torch.nn.functional.pad(tensor[:rows], (0, 0, 0, missing))  # (tokens, width)
-        name = renamed(original)
-        if name is not None:
-            result[name] = tensor
-    return result
+            places[name] = (file, name)
+    beside = Path(args.lora or "", "non_lora_trainables.bin")
+    if args.lora and beside.is_file():
+        for name in tensors_in(beside):
+            places[name.removeprefix("base_model.model.")] = (beside, name)
+    return places
 
 
 def renamed(name):
@@ -119,8 +107,9 @@ def read_lora(folder):
     for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"):
         if made.get(name):
             raise UserError(f"{folder}: {name} is not understood")
-    for name, tensor in tensors_in(folder, "adapter_model").items():
-        tensors[name.removeprefix("base_model.model.")] = tensor
+    for file in sorted(set(weights_in(folder, "adapter_model").values())):
+        for name, tensor in tensors_in(file).items():
+            tensors[name.removeprefix("base_model.model.")] = tensor
     return tensors, made["lora_alpha"] / made["r"]
 
 
@@ -211,7 +200,7 @@ def is_siglip(tower):
     return "siglip" in tower["model_type"]
 
 
-def save_processor(args, config, made, tokenizer, folder):
+def save_processor(args, config, made, tokenizer):
     """Images as the original evaluates them, and the prompt of its conversation."""
     from transformers import LlavaProcessor
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
@@ -238,35 +227,101 @@ def save_processor(args, config, made, tokenizer, folder):
         num_additional_image_tokens=0 if siglip else 1,
         chat_template=template.replace("{{ 'SYSTEM' }}", system),
     )
-    processor.save_pretrained(folder)
+    processor.save_pretrained(args.out)
 
 
 # --- convert --------------------------------------------------------------------------------------
 
 
 def convert(args):
-    """Write --out, which is there when it is whole."""
-    from transformers import GenerationConfig, LlavaForConditionalGeneration
+    """Write --out: a file of weights for each file that is read, so that a killed conversion goes
+    on, and no more than one file is in memory."""
+    from transformers import GenerationConfig
 
-    out = Path(args.out)
-    if out.exists():
-        raise UserError(f"{out}: is there already; choose another --out")
     config = read_config(args)
     tokenizer, length = tokenizer_of(args, decoder_of(config))
     made = model_config(args, config, length)
+    places = places_of(args, config)
+    shapes = shapes_of(made)
+    lora = read_lora(args.lora)
+    need_all(shapes, places, lora[0])
+
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    with lock(args.out):
+        need_same_conversion(args)
+        save_processor(args, config, made, tokenizer)
+        made.architectures = ["LlavaForConditionalGeneration"]
+        made.save_pretrained(args.out)
+        ends = {name: config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        GenerationConfig(**ends, suppress_tokens=[length]).save_pretrained(args.out)
+        files = sorted({file for file, _ in places.values()})
+        index = {}
+        for number, file in enumerate(files, start=1):
+            out = Path(args.out, f"model-{number:05}-of-{len(files):05}.safetensors")
+            inside = {name: own for name, (place, own) in places.items() if place == file}
+            if not out.exists():
+                write_weights(out, converted(file, inside, shapes, lora, made.original_vocabulary))
+            index |= dict.fromkeys(tensors_in(out), out.name)
+            print(f"{number} of {len(files)}: {file} -> {out.name}", flush=True)
+        contents = {"metadata": {}, "weight_map": index}
+        write_json(Path(args.out, "model.safetensors.index.json"), contents)
+
+
+def shapes_of(made):
+    """{name: tensor} of all weights of the model, of which none is made: each has but its shape."""
+    from transformers import LlavaForConditionalGeneration
+
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration(made)
-    try:
-        model.load_state_dict(converted(args, config, made), assign=True)
-    except RuntimeError as error:  # each name that is missing, has no place, or another shape
-        raise UserError(f"{args.checkpoint}: not what its config.json says: {error}") from error
-    ends = {name: config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model.generation_config = GenerationConfig(**ends, suppress_tokens=[length])
-    unfinished = Path(f"{out}.unfinished")
-    model.save_pretrained(unfinished)
-    save_processor(args, config, made, tokenizer, unfinished)
-    unfinished.rename(out)
-    print(out)
+        return LlavaForConditionalGeneration(made).state_dict()
+
+
+def need_all(shapes, places, adapter):
+    """Every weight of the files has its place in the model, and every place its weight."""
+    for name in adapter:
+        if re.sub(r"lora_[AB]\.", "", name) not in places:
+            raise UserError(f"{name}: the adapter is not for this model")
+    found = {renamed(name) for name in places} - {None}
+    for name in sorted(found - shapes.keys()):
+        raise UserError(f"{name}: config.json has no place for this weight")
+    for name in sorted(shapes.keys() - found):
+        raise UserError(f"{name}: this weight is in none of the files")
+
+
+def need_same_conversion(args):
+    """A folder that was begun with other arguments is refused."""
+    known = Path(args.out, "conversion.json")
+    given = {name: str(value) for name, value in vars(args).items() if name != "out"}
+    if known.exists():
+        need_same(known, read_json(known), given)
+    write_json(known, given)
+
+
+def converted(file, inside, shapes, lora, rows):
+    """{name: tensor} for transformers, of one file; inside: {original name: name in the file}."""
+    tensors, result = tensors_in(file), {}
+    for original, own in inside.items():
+        name = renamed(original)
+        if name is None:
+            continue
+        tensor = with_lora(tensors[own], original, lora)
+        if original in ("model.embed_tokens.weight", "lm_head.weight"):
+            missing = len(shapes[name]) - rows  # the row for <image>, if there is none to spare
+            tensor = torch.nn.functional.pad(tensor[:rows], (0, 0, 0, missing))  # (tokens, width)
+        shape, wanted = tuple(tensor.shape), tuple(shapes[name].shape)
+        if shape != wanted:
+            raise UserError(
+                f"{file}: {original} is {shape}, and by config.json it would be {wanted}"
+            )
+        result[name] = tensor.contiguous()
+    return result
+
+
+def write_weights(path, tensors):
+    from safetensors.torch import save_file
+
+    part = path.with_suffix(".part")
+    save_file(tensors, part, metadata={"format": "pt"})
+    part.rename(path)
 
 
 @dataclass

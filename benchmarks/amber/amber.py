@@ -34,18 +34,16 @@ PARTS = read(HERE / "amber/parts.json")
 
 
 def questions(folder, settings):
-    notes, asked = notes_of(folder), []
+    notes, captions, yes_no = notes_of(folder), [], []
     wanted = set(PARTS["of_dimension"][settings.dimension])
     for row in read(find(folder, "query/query_all.json")):
-        if not wanted.isdisjoint(PARTS["of_type"][notes[row["id"]]["type"]]):
-            asked.append(question_about(row, folder, "image", settings, row["query"]))
-
-    def captions_then_images(question):
-        if notes[question.record["id"]]["type"] == "generative":
-            return False, ""  # in the file's order
-        return True, question.image
-
-    return sorted(asked, key=captions_then_images)  # an image's yes/no questions: read together
+        kind = notes[row["id"]]["type"]
+        if wanted.isdisjoint(PARTS["of_type"][kind]):
+            continue
+        group = captions if kind == "generative" else yes_no
+        group.append(question_about(row, folder, "image", settings, row["query"]))
+    # An image's yes/no questions are read together.
+    return captions + sorted(yes_no, key=lambda question: question.image)
 
 
 def notes_of(folder):
