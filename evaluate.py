@@ -18,7 +18,6 @@ is each benchmark's own reading.
 """
 
 import datetime
-import functools
 import json
 import sys
 from dataclasses import dataclass, field
@@ -29,7 +28,7 @@ from benchmarks import BENCHMARKS, page, report, score, well_formed
 from benchmarks.answers import Answers, answer
 from benchmarks.common import HERE, Settings, made_of, read
 from benchmarks.judge import judge
-from support.chat import ask_in_order, chat_message, digest
+from support.chat import ask_in_order, digest
 from support.cli import UserError, check_numbers, parse, run_command
 from support.files import write_json
 
@@ -77,10 +76,8 @@ def generate_on_server(args):
     questions, made = ask(args)
     made |= {"name": args.model, "model": args.model, "request": args.request}
     made["server"] = shown(args.server)
-    answers, requests = Answers(args.out, made, questions), []
-    for number, asked in enumerate(questions):
-        late = functools.partial(chat_message, asked.prompt, asked.image)
-        requests.append((number, late))
+    answers = Answers(args.out, made, questions)
+    requests = [(n, asked.prompt, asked.image) for n, asked in enumerate(questions)]
     texts = ask_in_order(
         requests[answers.count :],
         answers.path.with_name(f"replies-{made['questions'][:8]}.jsonl"),
@@ -90,7 +87,7 @@ def generate_on_server(args):
         give_up=args.give_up,
         **{"temperature": args.temperature, "max_tokens": args.max_new_tokens, **args.request},
     )
-    return answers.extend(texts, BENCHMARKS[args.benchmark].ANSWER)
+    return answers.extend(texts.values(), BENCHMARKS[args.benchmark].ANSWER)
 
 
 def ask(args):

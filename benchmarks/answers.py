@@ -92,7 +92,7 @@ class Answers:
     def __init__(self, folder, made, questions):
         self.path, self.questions = Path(folder, "answers.jsonl"), questions
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.lock = lock(folder)
+        self.lock = lock(Path(folder, ".lock"))
         known = self.path.with_suffix(".settings.json")
         if self.path.exists():
             need_same(self.path, read(known) if known.exists() else {}, made)

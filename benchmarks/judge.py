@@ -15,13 +15,13 @@ def judge(args):
     benchmark, folder = BENCHMARKS[args.benchmark], Path(args.out)
     answers = read(folder / "answers.jsonl")
     prompt = Template((HERE / args.benchmark / "judge.txt").read_text(encoding="utf-8"))
-    is_unasked, asked = getattr(benchmark, "is_unasked", lambda row: False), {}
+    is_unasked, requests = getattr(benchmark, "is_unasked", lambda row: False), []
     with well_formed(args.benchmark, folder):
         for number, row in enumerate(answers):
             if not is_unasked(row):
-                asked[number] = [{"role": "user", "content": prompt.substitute(row)}]
-    replies = ask_in_order(
-        list(asked.items()),
+                requests.append((number, prompt.substitute(row), None))
+    texts = ask_in_order(
+        requests,
         folder / "judge_replies.jsonl",
         base_url=args.judge_url,
         model=args.judge_model,
@@ -30,7 +30,6 @@ def judge(args):
         give_up=args.give_up,
         **{"temperature": 0, **args.request},
     )
-    texts = dict(zip(asked, replies))
     lines = []
     for number in range(len(answers)):
         text = plain(texts.get(number, "[]"))

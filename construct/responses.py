@@ -23,14 +23,13 @@ import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
 from construct.review import template, words
 from data import RESPONSES
-from support.chat import ReplyLog, ask_all, chat_message, digest
+from support.chat import ReplyLog, ask_all, digest
 from support.cli import NEEDED, UserError, check_numbers, parse, run_command
 from support.files import write_lines
 from support.images import open_image, open_images
@@ -46,17 +45,6 @@ SAMPLING = {
     "writer": {"temperature": 0.7, "max_tokens": 4096},
 }
 LONGER = 2  # a gate: how many times as long as the other a response may be, in words
-
-
-class Question(NamedTuple):
-    text: str
-    file: str | None = None  # the image that it is about
-    hash: str | None = None  # of that file
-    repetition: int = 0  # asked more than once, it is sampled more than once
-
-    def id(self):
-        """So an image is captioned once, in however many records it occurs."""
-        return digest(self.text, (self.file, self.hash), self.repetition)
 
 
 @dataclass
@@ -77,7 +65,7 @@ def caption(drafts, args):
     questions = []
     for draft in drafts:
         text = template("captions.txt").render(draft.record)
-        questions.append([Question(text, *image) for image in draft.images])
+        questions.append([question(text, image) for image in draft.images])
     for draft, replies in ask(drafts, questions, "captions", "captioner", args):
         draft.record["captions"] = replies
 
@@ -88,7 +76,7 @@ def sample(drafts, args):
     for draft in drafts:
         text = template("samples.txt").render(draft.record)
         image = draft.images[0]
-        questions.append([Question(text, *image, n) for n in range(args.samples)])
+        questions.append([question(text, image, n) for n in range(args.samples)])
     for draft, replies in ask(drafts, questions, "samples", "policy", args):
         draft.record["samples"] = replies
 
@@ -97,7 +85,7 @@ def write(drafts, args, step, **kinds):
     """3. The writer sorts the claims in the samples: consistent with the caption of m, or not.
     4. It makes of them a preferred and a dispreferred response in one style.
     5. It answers the same prompt for m', from the caption of m'."""
-    questions = [[Question(template(f"{step}.txt").render(draft.record))] for draft in drafts]
+    questions = [[question(template(f"{step}.txt").render(draft.record))] for draft in drafts]
     parse = functools.partial(json_fields, **kinds)
     for draft, replies in ask(drafts, questions, step, "writer", args, parse):
         draft.record |= replies[0]
@@ -185,6 +173,12 @@ def json_fields(text, **kinds):
     return {key: found[key] for key in kinds}
 
 
+def question(text, image=(None, None), repetition=0):
+    """(id, text, file of the image) as `ask_all` takes it. The id has the image's hash: so an image
+    is captioned once, in however many records it occurs."""
+    return digest(text, image, repetition), text, image[0]
+
+
 def ask(drafts, questions, step, role, args, parse=usable_text):
     """Ask each draft's questions; yields (draft, its parsed replies) and sets the others aside.
 
@@ -193,13 +187,27 @@ def ask(drafts, questions, step, role, args, parse=usable_text):
     log = f"{args.out}.work/{step}.jsonl"
     requests = {}
     for own in questions:
-        requests |= {question.id(): question for question in own}
+        requests |= {request[0]: request for request in own}
+    requests, model = list(requests.values()), getattr(args, role)
     if getattr(args, f"{role}_url"):
-        entries = dict(ask_server(requests, log, step, role, args, parse))
+        found = ask_all(
+            requests,
+            log,
+            base_url=getattr(args, f"{role}_url"),
+            model=model,
+            concurrency=args.concurrency,
+            timeout=args.timeout,
+            check=parse,
+            desc=step,
+            max_side=args.max_side,
+            key_env=f"{role.upper()}_API_KEY",
+            **SAMPLING[role],
+        )
     else:
-        entries = dict(answer_locally(requests, log, getattr(args, role), **SAMPLING[role]))
+        found = answer_locally(requests, log, model, **SAMPLING[role])
+    entries = dict(found)
     for draft, own in zip(drafts, questions):
-        replies = [entries[question.id()] for question in own]
+        replies = [entries[id] for id, _, _ in own]
         failed = [entry for entry in replies if "reason" in entry]
         if failed:
             draft.reason, draft.reply = f"{step}: {failed[0]['reason']}", failed[0]["text"]
@@ -207,48 +215,26 @@ def ask(drafts, questions, step, role, args, parse=usable_text):
             yield draft, [parse(entry["text"]) for entry in replies]
 
 
-def ask_server(requests, log, step, role, args, parse):
-    """(id, entry of the log) for {id: Question}, from the role's server."""
-    chats = []
-    for id, question in requests.items():
-        late = functools.partial(chat_message, question.text, question.file, args.max_side)
-        chats.append((id, late))
-    return ask_all(
-        chats,
-        log,
-        base_url=getattr(args, f"{role}_url"),
-        model=getattr(args, role),
-        concurrency=args.concurrency,
-        timeout=args.timeout,
-        check=parse,
-        desc=step,
-        key_env=f"{role.upper()}_API_KEY",
-        **SAMPLING[role],
-    )
-
-
 def answer_locally(requests, log, path, temperature, max_tokens, batch=8):
-    """The same from a transformers model. A batch is seeded by its requests, and sampled again
-    whole if a killed run left it incomplete: the same texts."""
+    """(id, entry of the log) as `ask_all`, from a transformers model. A batch is seeded by its
+    requests, and sampled again whole if a killed run left it incomplete: the same texts."""
     model, processor = load_model(path)
     prompts = prompts_for(model.config, processor)
-    weights, ids = fingerprint(path), list(requests)
+    weights = fingerprint(path)
     with ReplyLog(log) as kept:
-        for i in tqdm(range(0, len(ids), batch), desc=Path(log).stem, unit=" batches"):
-            here = ids[i : i + batch]
-            names = [digest(id, weights, temperature, max_tokens) for id in here]
+        for i in tqdm(range(0, len(requests), batch), desc=Path(log).stem, unit=" batches"):
+            ids, asked, files = zip(*requests[i : i + batch])
+            names = [digest(id, weights, temperature, max_tokens) for id in ids]
             if not all(kept.entries[name] for name in names):
-                questions = [requests[id] for id in here]
-                images = open_images([question.file for question in questions])
-                asked = [question.text for question in questions]
                 torch.manual_seed(int(names[0], 16) % 2**63)
+                images = open_images(files)
                 texts = generate(model, prompts, asked, images, max_tokens, temperature=temperature)
-                for id, name, text in zip(here, names, texts):
+                for id, name, text in zip(ids, names, texts):
                     entry = {"id": id, "request": name, "model": path, "text": text}
                     if not text:
                         entry["reason"] = "malformed reply: empty"
                     kept.append(entry)
-            for id, name in zip(here, names):
+            for id, name in zip(ids, names):
                 yield id, kept.entries[name][-1]
 
 

@@ -7,7 +7,6 @@ asks nothing twice. Keys are read from the environment and written nowhere.
 import asyncio
 import base64
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
@@ -23,7 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from support.cli import UserError
-from support.files import drop_torn_line
+from support.files import drop_torn_line, lock
 from support.images import open_image
 from support.text import Text
 
@@ -43,15 +42,16 @@ def image_url(image, max_side=1024):
 
 def chat_message(prompt, image=None, max_side=1024):
     """A request's messages: the prompt, after the image (as `open_image` takes it) if any."""
-    content = [{"type": "text", "text": prompt}]
+    content = prompt
     if image is not None:
         url = image_url(open_image(image), max_side)
-        content.insert(0, {"type": "image_url", "image_url": {"url": url}})
+        picture = {"type": "image_url", "image_url": {"url": url}}
+        content = [picture, {"type": "text", "text": prompt}]
     return [{"role": "user", "content": content}]
 
 
 def ask_in_order(requests, log, give_up=0, **options):
-    """As `ask_all`: the texts alone, in the order of the requests. Up to give_up requests without
+    """{id: text} as of `ask_all`, in the order of the requests. Up to give_up requests without
     a usable reply are "", more raise UserError; the replies of the others are in the log then."""
     entries = dict(ask_all(requests, log, **options))
     failed = sum("reason" in entry for entry in entries.values())
@@ -60,7 +60,7 @@ def ask_in_order(requests, log, give_up=0, **options):
             f"{failed} requests got no usable reply; the same command asks them again, and with "
             f"--give-up {failed} goes on without"
         )
-    return [text_of(entries[id]) for id, _ in requests]
+    return {id: text_of(entries[id]) for id, _, _ in requests}
 
 
 def text_of(entry):
@@ -82,23 +82,24 @@ def ask_all(
     check=str,
     desc="",
     tries=3,
+    max_side=1024,
     key_env="OPENAI_API_KEY",
     **sampling,
 ):
     """Ask a chat model many things; yields (id, entry of the log) in completion order. An entry has
     a text or, if it was in vain, a reason.
 
-    requests: iterable of (id, messages), read no faster than it is answered. `messages` may also be
-        a function that returns them, called when it has to be asked (images are encoded late); then
-        the id alone has to tell such requests apart.
+    requests: iterable of (id, prompt, image or None), read no faster than it is answered. Requests
+        with the same prompt about different images have different ids.
     log: JSONL file to which every raw reply is appended and synced before it is yielded. A request
-        (same id, messages, model and sampling) whose reply is there is not asked again.
+        (same id, prompt, model and sampling) whose reply is there is not asked again.
     check: function of the text that raises ValueError for a malformed reply. That reply goes to the
         log with the reason, and the request is repeated, `tries` times in all.
     timeout: seconds from a request to the last byte of its reply.
     retries: of the openai client, after 408, 409, 429, 5xx, a time-out or a broken connection, in
         0.5 to 8 seconds or when the server's Retry-After says. What then still has no reply, or met
         another 4xx, is logged with the reason, and asked again by the next run.
+    max_side: pixels of an image's longer side, as it is sent.
     key_env: environment variable of the key (if unset, OPENAI_API_KEY), sent to the server alone.
     sampling: temperature, max_tokens, ... in the server's words.
     Raises UserError when going on is pointless (key or model refused, server gone for good).
@@ -119,7 +120,7 @@ def ask_all(
     )
     in_a_row = 0
     with ReplyLog(log, http.forms_of(key)) as kept, event_loop(client) as (run, tasks):
-        asker = Asker(client, kept, check, tries, {"model": model, **sampling})
+        asker = Asker(client, kept, check, tries, max_side, {"model": model, **sampling})
         bar = tqdm(answers(run, tasks, asker.ask, requests, concurrency), desc, size)
         for id, entry in bar:
             yield id, entry
@@ -175,6 +176,7 @@ class Asker:
     log: "ReplyLog"
     check: object  # raises ValueError for a malformed text
     tries: int
+    max_side: int  # px
     body: dict  # model and sampling, as asked for
 
     def __post_init__(self):
@@ -182,14 +184,12 @@ class Asker:
 
     async def ask(self, request):
         """(id, the log's last entry for this request)."""
-        id, messages = request
-        late = callable(messages)
-        name = digest(id, self.body, late or messages)
+        id, prompt, image = request
+        name = digest(id, self.body, prompt)
         past = self.log.entries[name]  # append() adds to it
         if past and "reason" not in past[-1]:
             return id, past[-1]
-        if late:
-            messages = await asyncio.to_thread(messages)
+        messages = await asyncio.to_thread(chat_message, prompt, image, self.max_side)
         for _ in range(self.tries):
             entry = {"id": id, "request": name, "model": self.body["model"], "text": ""}
             await self.ask_once(messages, entry)
@@ -259,11 +259,7 @@ class ReplyLog:
 
     def __init__(self, path, secrets=()):
         self.entries, self.secrets = defaultdict(list), secrets
-        self.file = open(path, "ab")
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"{path}: another run is writing its replies here") from error
+        self.file = lock(path)
         drop_torn_line(Path(path))
         for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
             try:

@@ -57,7 +57,7 @@ def normalise(raw, needed=("image", "prompt", "chosen")):
             "and write them as chosen and rejected"
         )
     elif "text" in raw and "chosen" not in raw:  # RLHF-V: question and answers as JSON in a field
-        found.update(json.loads(raw["text"]))
+        found.update(json_object("text", raw["text"]))
     elif "conversations" in raw and "rejected_conversations" not in raw:  # LLaMA-Factory
         found["prompt"] = raw["conversations"]
     # The rest is the form itself or near it: RLAIF-V and MMPR say question for prompt, TRL and
@@ -101,6 +101,14 @@ def split_conversations(found):
         if rejected[:-1] != chosen[:-1]:
             raise ValueError("chosen and rejected answer different questions")
         found["rejected"] = rejected[-1:]
+
+
+def json_object(name, text):
+    """The object that a field holds as JSON."""
+    found = json.loads(text) if isinstance(text, str) else None
+    if not isinstance(found, dict):
+        raise ValueError(f"the field {name} holds no JSON object")
+    return found
 
 
 def the_only_image(name, images):

@@ -247,7 +247,7 @@ def convert(args):
     need_all(shapes, places, lora[0])
 
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    with lock(args.out):
+    with lock(Path(args.out, ".lock")):
         need_same_conversion(args)
         save_processor(args, config, made, tokenizer)
         made.architectures = ["LlavaForConditionalGeneration"]

@@ -482,7 +482,7 @@ def mad_server(w, n=300):
         return trouble(handler) if trouble else "re: " + body["messages"][0]["content"]
 
     url, stop = server(reply)
-    questions = [(f"q{i}", [{"role": "user", "content": f"question {i}"}]) for i in range(n)]
+    questions = [(f"q{i}", f"question {i}", None) for i in range(n)]
     options = dict(base_url=url, model="m", timeout=1, retries=12, tries=8)
     got = dict(ask_all(questions, w.folder / "mad.jsonl", **options))
     asked = sum(tries.values())
