@@ -130,7 +130,8 @@ class Examples(torch.utils.data.Dataset):
 
     def __init__(self, path, prompts, options):
         self.records = Records(path, options.image_root, options.fields)
-        self.prompts, self.options = prompts, options
+        self.prompts = prompts
+        self.options = options
         self.tried = self.bad = 0  # records
         self.cells = OBJECTIVES[options.objective].cells
 
@@ -235,7 +236,9 @@ def embed(files, encoder, cache, batch=64):
     from vlm.load import fingerprint, load_encoder
 
     model, preprocess = load_encoder(encoder)
-    weights, vectors, pixels = fingerprint(encoder), [], []
+    weights = fingerprint(encoder)
+    vectors = []
+    pixels = []
     Path(cache).mkdir(parents=True, exist_ok=True)
     for i in tqdm(range(0, len(files), batch), desc="embedding", unit=" batches"):
         images = [open_image(str(file)) for file in files[i : i + batch]]
@@ -285,7 +288,8 @@ class Pairs:
         self.found = defaultdict(list)  # what: sources of the records
 
     def add(self, record):
-        chosen, rejected = record["chosen"], record.get("rejected")
+        chosen = record["chosen"]
+        rejected = record.get("rejected")
         found = []
         for what in record["stripped"]:
             found.append(f"prompt, {what} taken off (the model's own is put around it)")
@@ -324,7 +328,9 @@ class Survey:
     """What `check` finds out about the records, one after the other."""
 
     def __init__(self, prompts, args):
-        self.prompts, self.args, self.pairs = prompts, args, Pairs()
+        self.prompts = prompts
+        self.args = args
+        self.pairs = Pairs()
         self.faults = defaultdict(list)  # kind of message: [(source, message)]
         self.usable_by = Counter()
         self.lengths = []  # in tokens
@@ -369,7 +375,8 @@ class Survey:
         lines.append(f"{total:,} records, {self.bad():,} bad; usable by {counts}")
         lines += self.pairs.lines()
         if self.lengths:
-            low, high = min(self.lengths), max(self.lengths)
+            low = min(self.lengths)
+            high = max(self.lengths)
             middle = statistics.median_low(self.lengths)
             lines.append(f"length, tokens: min {low}, median {middle}, max {high}")
             if high > self.args.max_length:
@@ -380,7 +387,8 @@ class Survey:
 def check(args):
     """`python data.py check`: what a file holds; returns how many of its records are bad."""
     check_numbers(args, any_sign=(), above_0=("max_length",))
-    records, prompts = Records(args.data, args.image_root, args.fields), None
+    records = Records(args.data, args.image_root, args.fields)
+    prompts = None
     if args.model:
         from vlm.load import load_processor
         from vlm.prompts import prompts_for

@@ -62,7 +62,8 @@ def generate(args):
         "prompt_format": prompts.form,
         "square": args.square,
     }
-    answers, decoding = Answers(args.out, made, questions), made["decoding"]
+    answers = Answers(args.out, made, questions)
+    decoding = made["decoding"]
     texts = answer(model, prompts, questions, answers.count, args.batch_size, **decoding)
     return answers.extend(texts, BENCHMARKS[args.benchmark].ANSWER)
 
@@ -135,7 +136,8 @@ def score_files(args):
 
 def run(args):
     """generate, judge where a judge is given, score, report."""
-    folder, args.answers = args.out, generate(args)
+    folder = args.out
+    args.answers = generate(args)
     if args.judge_url:
         judge(args)
         args.judgements = Path(folder, "judgements.jsonl")

@@ -47,7 +47,8 @@ def score(benchmark, answers, folder, settings=None):
     folder: the benchmark's files. Percent, except MMHal's score (0-6). Raises UserError where the
     official scorer crashes and no correct number exists.
     """
-    settings, module = settings or Settings(), BENCHMARKS[benchmark]
+    settings = settings or Settings()
+    module = BENCHMARKS[benchmark]
     need_answers(answers, settings.judgements)
     with well_formed(benchmark, folder):
         answers, found = without_thinking(answers, module)
@@ -71,7 +72,8 @@ def score(benchmark, answers, folder, settings=None):
 
 def without_thinking(answers, module):
     """The answers as they are scored, and how many of them are what."""
-    scored, found = [], Counter()
+    scored = []
+    found = Counter()
     for answer in answers:
         text = answer.get(module.ANSWER)
         if isinstance(text, str):  # else the scorer says what is wrong

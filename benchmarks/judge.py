@@ -12,10 +12,12 @@ from support.files import write_lines
 def judge(args):
     """judgements.jsonl of --out in answer order, without thinking and Markdown. Raw replies are on
     disk (judge_replies.jsonl) before."""
-    benchmark, folder = BENCHMARKS[args.benchmark], Path(args.out)
+    benchmark = BENCHMARKS[args.benchmark]
+    folder = Path(args.out)
     answers = read(folder / "answers.jsonl")
     prompt = Template((HERE / args.benchmark / "judge.txt").read_text(encoding="utf-8"))
-    is_unasked, requests = getattr(benchmark, "is_unasked", lambda row: False), []
+    is_unasked = getattr(benchmark, "is_unasked", lambda row: False)
+    requests = []
     with well_formed(args.benchmark, folder):
         for number, row in enumerate(answers):
             if not is_unasked(row):

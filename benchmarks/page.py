@@ -48,7 +48,8 @@ def add(sections, file, answers, data, settings):
     """Puts a file of answers, and what the scorer reads in them, into its benchmark's section."""
     need_answers(answers, None)
     benchmark = benchmark_of(answers[0])
-    module, folder = BENCHMARKS[benchmark], Path(data, benchmark)
+    module = BENCHMARKS[benchmark]
+    folder = Path(data, benchmark)
     folder = folder if folder.is_dir() else data
     with well_formed(benchmark, folder):
         if benchmark not in sections:

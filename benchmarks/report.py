@@ -18,7 +18,9 @@ from support.files import write_atomically
 def write(files, folder, paper=None, differences=False):
     """files: metrics.json files. paper: "7b", "13b", "none", or by the first row's model.
     differences: also how far we are from each published row; for results of one model."""
-    results, own, ours = [read(file) for file in files], {}, {}
+    results = [read(file) for file in files]
+    own = {}
+    ours = {}
     models = {result.get("row") or result["name"] for result in results}
     if differences and len(models) > 1:
         raise UserError(f"--differences: for one model, and these are {', '.join(models)}")
@@ -87,9 +89,11 @@ def table(rows, known, headings, ours):
 
 def other_settings(results):
     """Lines: where our answers came about in another way than the published ones."""
-    settings, lines = read(HERE / "paper_settings.json"), []
+    settings = read(HERE / "paper_settings.json")
+    lines = []
     for result in results:
-        benchmark, own = result["benchmark"], {**result, **result.get("decoding", {})}
+        benchmark = result["benchmark"]
+        own = {**result, **result.get("decoding", {})}
         expected = settings["all"] | settings.get(benchmark, {})
         for name, published in expected.items():
             value = own.get(name)

@@ -74,7 +74,8 @@ def contrast(args):
     given = [with_files(records, i, folder / "given", args.allow_outside) for i in numbers]
     folder.mkdir(parents=True, exist_ok=True)
 
-    chosen, lines = {}, []
+    chosen = {}
+    lines = []
     if args.kind not in MADE:
         images = dict.fromkeys(files["image"] for _, files in given)
         chosen = choose(args, list(images))
@@ -83,7 +84,8 @@ def contrast(args):
         if args.kind in MADE:
             seed = f"{args.seed} {number} {fields['image']}"
             rng = random.Random(seed.encode("utf-8", "replace"))  # a path may be none
-            other, cosine = folder / f"{number:06d}.png", None
+            other = folder / f"{number:06d}.png"
+            cosine = None
             MADE[args.kind](open_image(str(image)), rng).save(other)
         elif image in chosen:
             other, cosine = chosen[image]

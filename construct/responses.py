@@ -107,7 +107,8 @@ def build(args):
     for draft in usable(drafts):
         draft.reason = gate(draft.record)
 
-    good, bad = [], []
+    good = []
+    bad = []
     for number, draft in enumerate(drafts, 1):
         if draft.reason is None:
             good.append(draft.record)
@@ -188,7 +189,8 @@ def ask(drafts, questions, step, role, args, parse=usable_text):
     requests = {}
     for own in questions:
         requests |= {request[0]: request for request in own}
-    requests, model = list(requests.values()), getattr(args, role)
+    requests = list(requests.values())
+    model = getattr(args, role)
     if getattr(args, f"{role}_url"):
         found = ask_all(
             requests,
@@ -210,7 +212,8 @@ def ask(drafts, questions, step, role, args, parse=usable_text):
         replies = [entries[id] for id, _, _ in own]
         failed = [entry for entry in replies if "reason" in entry]
         if failed:
-            draft.reason, draft.reply = f"{step}: {failed[0]['reason']}", failed[0]["text"]
+            draft.reason = f"{step}: {failed[0]['reason']}"
+            draft.reply = failed[0]["text"]
         else:
             yield draft, [parse(entry["text"]) for entry in replies]
 

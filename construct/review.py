@@ -58,7 +58,8 @@ def spread(values):
 
 def marked(text, other):
     """The text in parts: (words, whether the other text has others there)."""
-    a, b = text.split(), other.split()
+    a = text.split()
+    b = other.split()
     # Repetitive words make exact matching cubic: above this length words that come often are left
     # out of the search, which is what difflib does by default.
     is_long = len(a) + len(b) > 2000

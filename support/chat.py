@@ -137,7 +137,8 @@ def event_loop(client):
     """(a function that starts a coroutine, the set of what it started). The loop is in a thread of
     its own, since a notebook has one already. When it ends, replies that are under way have GRACE
     seconds to come."""
-    loop, tasks = asyncio.new_event_loop(), set()
+    loop = asyncio.new_event_loop()
+    tasks = set()
     threading.Thread(target=loop.run_forever, daemon=True).start()
 
     def start(coroutine):
@@ -241,7 +242,8 @@ def content_of(reply, entry):
     if not reply.choices:
         raise ValueError(f"no answer in it: {reply!s:.300}")
     choice = reply.choices[0]
-    entry["finish"], text = choice.finish_reason, choice.message.content
+    entry["finish"] = choice.finish_reason
+    text = choice.message.content
     is_text = isinstance(text, str) and text.strip()
     if not is_text or choice.message.refusal or choice.finish_reason == "content_filter":
         raise ValueError(f"no answer in it: {choice!s:.300}")
@@ -258,7 +260,8 @@ class ReplyLog:
     run while it is open; `secrets`, which a server may echo, do not come into it."""
 
     def __init__(self, path, secrets=()):
-        self.entries, self.secrets = defaultdict(list), secrets
+        self.entries = defaultdict(list)
+        self.secrets = secrets
         self.file = lock(path)
         drop_torn_line(Path(path))
         for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):

@@ -68,7 +68,8 @@ def parse(options_class, description, argv, notes, **defaults):
     field without a default is no option but an argument (a list: any number of them). A field's
     help is its own or its line in the docstring of a class. notes: {field: text} beside the help.
     """
-    parser, help_of = new_parser(description), {}
+    parser = new_parser(description)
+    help_of = {}
     for owner in options_class.__mro__:
         help_of |= re.findall(r"(?m)^    (\w+) {2,}(.+)$", owner.__doc__)
     fields = dataclasses.fields(options_class)
@@ -76,14 +77,16 @@ def parse(options_class, description, argv, notes, **defaults):
         text = field.metadata.get("help") or help_of[field.name]
         choices = typing.get_args(field.type) or None
         kind = str if choices else field.type
-        flag, default = flag_of(field.name), field.default
+        flag = flag_of(field.name)
+        default = field.default
         if default is dataclasses.MISSING:
             number = "*" if kind is list else None
             parser.add_argument(field.name, nargs=number, choices=choices, help=text)
         elif kind is bool:
             parser.add_argument(flag, action="store_true", help=text)
         else:
-            note, needed = notes.get(field.name, default), default is NEEDED
+            note = notes.get(field.name, default)
+            needed = default is NEEDED
             if note is not None:
                 text = f"{text} ({note})"
             given = {"type": kind, "default": default, "choices": choices, "required": needed}

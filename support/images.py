@@ -108,7 +108,8 @@ def to_rgb(image):
         full = next((full for full in FULL_SCALES if top <= full), top)
         if image.mode.startswith("I") and top <= 1:
             full = 255  # an integer picture that is nearly black, not a float one
-        return Image.fromarray(np.uint8((values.clip(0) * 255 / full).round())).convert("RGB")
+        pixels = values.clip(0) * 255 / full
+        return Image.fromarray(np.uint8(pixels.round())).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -118,20 +119,25 @@ def to_rgb(image):
 
 def crop(image, rng, keep=CROP):
     """A random crop that keeps a share of the area drawn from `keep`; same aspect within 4:3."""
-    share, aspect = rng.uniform(*keep), rng.uniform(3 / 4, 4 / 3)
-    w = max(1, min(image.width, round(image.width * (share * aspect) ** 0.5)))
-    h = max(1, min(image.height, round(image.width * image.height * share / w)))
-    x, y = rng.randint(0, image.width - w), rng.randint(0, image.height - h)
-    return image.crop((x, y, x + w, y + h))
+    share = rng.uniform(*keep)
+    aspect = rng.uniform(3 / 4, 4 / 3)
+    width = round(image.width * (share * aspect) ** 0.5)
+    width = max(1, min(image.width, width))
+    height = round(image.width * image.height * share / width)
+    height = max(1, min(image.height, height))
+    x = rng.randint(0, image.width - width)
+    y = rng.randint(0, image.height - height)
+    return image.crop((x, y, x + width, y + height))
 
 
 def noise(image, rng, step=500):
     """Forward diffusion, sqrt(a) x + sqrt(1 - a) e: `step` steps of DDPM's 1000-step schedule."""
     a = np.prod(1 - np.linspace(1e-4, 0.02, 1000)[:step])
-    x = np.asarray(image) / 127.5 - 1
-    e = np.random.default_rng(rng.getrandbits(64)).standard_normal((image.height, image.width, 3))
+    x = np.asarray(image) / 127.5 - 1  # (H, W, 3)
+    e = np.random.default_rng(rng.getrandbits(64)).standard_normal(x.shape)
     noisy = a**0.5 * x + (1 - a) ** 0.5 * e
-    return Image.fromarray(np.uint8(((noisy + 1) * 127.5).round().clip(0, 255)))
+    pixels = (noisy + 1) * 127.5
+    return Image.fromarray(np.uint8(pixels.round().clip(0, 255)))
 
 
 def moco(image, rng):
@@ -147,7 +153,8 @@ def moco(image, rng):
     if rng.random() < 0.2:
         image = image.convert("L").convert("RGB")
     if rng.random() < 0.5:  # meant for 224 px
-        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2) * min(image.size) / 224))
+        radius = rng.uniform(0.1, 2) * min(image.size) / 224
+        image = image.filter(ImageFilter.GaussianBlur(radius))
     if rng.random() < 0.5:
         image = ImageOps.mirror(image)
     return image

@@ -45,7 +45,9 @@ class Listed:
     """Records that are read at once, and held in a list."""
 
     def __init__(self, path, kind, found):
-        self.path, self.kind, self.found = path, kind, found
+        self.path = path
+        self.kind = kind
+        self.found = found
 
     def __len__(self):
         return len(self.found)
@@ -113,7 +115,8 @@ class Parquet(Listed):
     def read(self, i):
         group = bisect_right(self.starts, i) - 1
         if self.loaded != group:
-            self.loaded, self.table = group, self.found.read_row_group(group)
+            self.loaded = group
+            self.table = self.found.read_row_group(group)
         return self.table.slice(i - self.starts[group], 1).to_pylist()[0]
 
 
@@ -236,7 +239,9 @@ class Records:
     """
 
     def __init__(self, path, image_root=None, fields=None, needed=("image", "prompt", "chosen")):
-        self.names, self.needed, self.files = field_names(fields), needed, []
+        self.names = field_names(fields)
+        self.needed = needed
+        self.files = []
         for file in files_of(path, pictures_will_do=self.needed == ("image",)):
             with named(file, "record file"):
                 opened = open_file(file)
@@ -284,7 +289,8 @@ class Records:
         return hashlib.blake2b(raw.encode("utf-8", "replace"), digest_size=8).hexdigest()
 
     def __getitem__(self, i):
-        raw, source = self.raw(i), self.source(i)
+        raw = self.raw(i)
+        source = self.source(i)
         try:
             record = normalise(raw, self.needed)
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
@@ -298,7 +304,8 @@ class Records:
 def with_files(records, i, folder, allow_outside):
     """(the fields of record i, {image field: its path}); an image that stands in the data itself is
     written into the folder."""
-    record, files = records[i], {}
+    record = records[i]
+    files = {}
     fields = {name: record[name] for name in FIELDS if name in record}
     for name, value in records.raw(i).items():
         if name not in LAYOUTS and not isinstance(value, (bytes, dict)):

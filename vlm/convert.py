@@ -100,7 +100,8 @@ def read_lora(folder):
     """({original name: tensor}, scale) of an adapter of PEFT; nothing without a folder."""
     if folder is None:
         return {}, 0.0
-    made, tensors = read_json(Path(folder, "adapter_config.json")), {}
+    made = read_json(Path(folder, "adapter_config.json"))
+    tensors = {}
     for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"):
         if made.get(name):
             raise UserError(f"{folder}: {name} is not understood")
@@ -111,7 +112,8 @@ def read_lora(folder):
 
 def with_lora(weight, name, lora):
     """W + scale B A"""
-    (tensors, scale), module = lora, name.removesuffix(".weight")
+    (tensors, scale) = lora
+    module = name.removesuffix(".weight")
     if f"{module}.lora_A.weight" not in tensors:
         return weight
     down = tensors[f"{module}.lora_A.weight"]  # (rank, in)
@@ -202,7 +204,8 @@ def save_processor(args, config, made, tokenizer):
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
     vision = made.vision_config.to_dict()
-    side, siglip = vision["image_size"], is_siglip(vision)
+    side = vision["image_size"]
+    siglip = is_siglip(vision)
     square = {"height": side, "width": side}
     given = read_json(Path(args.vision_tower, "preprocessor_config.json"))
     images = LlavaImageProcessorPil(
@@ -237,7 +240,8 @@ def convert(args):
     config = read_config(args)
     tokenizer, length = tokenizer_of(args, decoder_of(config))
     made = model_config(args, config, length)
-    weights, lora = original_weights(args, config), read_lora(args.lora)
+    weights = original_weights(args, config)
+    lora = read_lora(args.lora)
     for name in lora[0]:
         if re.sub(r"lora_[AB]\.", "", name) not in weights:
             raise UserError(f"{name}: the adapter is not for this model")
@@ -252,7 +256,8 @@ def convert(args):
         made.save_pretrained(args.out)
         ends = {name: config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         GenerationConfig(**ends, suppress_tokens=[length]).save_pretrained(args.out)
-        names, index = sorted(originals), {}
+        names = sorted(originals)
+        index = {}
         for number in tqdm(range(0, len(names), 50), desc="converting", unit=" files"):
             file = Path(args.out, f"model-{number:05}.safetensors")
             tensors = {}
@@ -269,7 +274,8 @@ def convert(args):
 
 def converted(name, tensor, made, lora):
     """A weight for transformers; name: its original one."""
-    tensor, rows = with_lora(tensor, name, lora), made.original_vocabulary
+    tensor = with_lora(tensor, name, lora)
+    rows = made.original_vocabulary
     if name in ("model.embed_tokens.weight", "lm_head.weight"):
         missing = made.text_config.vocab_size - rows  # <image>'s, if there is none to spare
         tensor = torch.nn.functional.pad(tensor[:rows], (0, 0, 0, missing))  # (tokens, width)

@@ -34,7 +34,9 @@ PARTS = read(HERE / "amber/parts.json")
 
 
 def questions(folder, settings):
-    notes, captions, yes_no = notes_of(folder), [], []
+    notes = notes_of(folder)
+    captions = []
+    yes_no = []
     wanted = set(PARTS["of_dimension"][settings.dimension])
     for row in read(find(folder, "query/query_all.json")):
         kind = notes[row["id"]]["type"]
@@ -54,11 +56,14 @@ def notes_of(folder):
 def score(answers, folder, settings):
     """(metrics, how texts were read)."""
     need_fields(answers, {ANSWER: str, "id": int})
-    notes, captions, yes_no = notes_of(folder), None, defaultdict(list)
+    notes = notes_of(folder)
+    captions = None
+    yes_no = defaultdict(list)
     for number, answer in enumerate(answers, start=1):
         if answer["id"] not in notes:
             raise UserError(f"answer {number}: AMBER has no question with the id {answer['id']}")
-        note, text = notes[answer["id"]], answer[ANSWER]
+        note = notes[answer["id"]]
+        text = answer[ANSWER]
         if note["type"] == "generative":
             if captions is None:
                 captions = Captions(folder, settings.similar)
@@ -93,7 +98,9 @@ class Captions:
     def __init__(self, folder, similar=None):
         self.relation = read(find(folder, "relation.json"))
         self.safe = find(folder, "safe_words.txt").read_text(encoding="utf-8").split("\n")
-        self.known = {word for name, words in self.relation.items() for word in (name, *words)}
+        self.known = set(self.relation)
+        for words in self.relation.values():
+            self.known.update(words)
         self.tokens, reader = noun_reader(read(HERE / "amber/lemma_table.json"))
         self.alike, judge = similarity(similar)
         self.reading = f"{reader}; similarity: {judge}"
@@ -101,7 +108,9 @@ class Captions:
 
     def add(self, text, note):
         """Count a caption; returns its Case."""
-        covered, invented, words = set(), set(), []
+        covered = set()
+        invented = set()
+        words = []
         for lemma, is_noun, word in self.tokens(text):
             if not is_noun or lemma not in self.known:
                 kind = ""

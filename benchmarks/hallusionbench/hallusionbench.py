@@ -66,7 +66,8 @@ def is_clear(text):
 def score(answers, folder, settings):
     """(metrics, how texts were read)."""
     need_fields(answers, {ANSWER: str, **dict.fromkeys((*Place._fields, "gt_answer"), (str, int))})
-    judgements, right = settings.judgements, {}
+    judgements = settings.judgements
+    right = {}
     for number, answer in enumerate(answers):
         place = Place(*(str(answer[name]) for name in Place._fields))
         if place in right:
@@ -80,7 +81,8 @@ def score(answers, folder, settings):
             right[place] = judged_right(said, place)
         settings.cases.append(Case(right[place], said, truth))
 
-    by_question, by_figure = defaultdict(list), defaultdict(list)
+    by_question = defaultdict(list)
+    by_figure = defaultdict(list)
     for place, is_right in right.items():
         if place._replace(figure_id="0") not in right:
             raise UserError(f"question {'/'.join(place)}: there is none like it of figure 0")

@@ -42,11 +42,13 @@ def is_clear(text):
 def score(answers, folder, settings):
     """(metrics, how texts were read)."""
     need_fields(answers, {ANSWER: str, "answer": str, "category": str, "l2_category": str})
-    right, count = Counter(), Counter()
+    right = Counter()
+    count = Counter()
     for row in answers:
         parts = parts_of(row)
         count.update(parts)
-        said, truth = letter_in(row[ANSWER], settings.protocol), lowered(row["answer"])
+        said = letter_in(row[ANSWER], settings.protocol)
+        truth = lowered(row["answer"])
         settings.cases.append(Case(said == truth, said, truth))
         if said == truth:
             right.update(parts)

@@ -67,13 +67,15 @@ def check_reply(text):
 def score(answers, folder, settings):
     """(metrics, how texts were read)."""
     need_fields(answers, {ANSWER: str, "image_id": (str, int)})
-    names, count = Names(folder), Counter()
+    names = Names(folder)
+    count = Counter()
     truth = true_objects(folder, {int(row["image_id"]) for row in answers}, names)
     reading = f"no judge: caption mode, {names.reading}"
     if settings.judgements is not None:
         reading = f"judge; {names.phrase_reading}"
     for number, row in enumerate(answers):
-        said, words = "", []
+        said = ""
+        words = []
         if settings.judgements is None:
             named = names.in_text(without_speaker(row[ANSWER]))
         else:
@@ -146,7 +148,8 @@ class Names:
 
     def merge_doubles(self, tokens):
         """[(one word or two, their name)]: the lemmas, merged from left to right."""
-        merged, i = [], 0
+        merged = []
+        i = 0
         while i < len(tokens):
             double = " ".join(lemma for lemma, _, _ in tokens[i : i + 2])
             size = 2 if double in self.doubles else 1

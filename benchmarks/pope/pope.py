@@ -84,9 +84,11 @@ def score(answers, folder, settings):
     """(metrics, how texts were read). Precision and F1 of the answer "yes"; 0 where the official
     scorer divides by zero. "mean" is over the categories that were asked."""
     need_fields(answers, dict.fromkeys((ANSWER, "question", "label", "category"), str))
-    corrected, counts = repope(folder), defaultdict(Counter)
+    corrected = repope(folder)
+    counts = defaultdict(Counter)
     for row in answers:
-        said, category = yes_or_no(row[ANSWER]), row["category"]
+        said = yes_or_no(row[ANSWER])
+        category = row["category"]
         settings.cases.append(Case(said == row["label"], said, row["label"]))
         counts[category][said, row["label"]] += 1
         label = corrected.get((category, row.get("picture"), row["question"]))
@@ -103,7 +105,9 @@ def score(answers, folder, settings):
 def rates(count):
     """In percent, from {(said, label): answers}."""
     both = count["yes", "yes"]
-    said, true, n = both + count["yes", "no"], both + count["no", "yes"], count.total()
+    said = both + count["yes", "no"]
+    true = both + count["no", "yes"]
+    n = count.total()
     return {
         "accuracy": percent(both + count["no", "no"], n),
         "precision": percent(both, max(said, 1)),
