@@ -8,7 +8,7 @@ One self-contained file: images, responses with the words marked in which they d
 import difflib
 import functools
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,15 +39,12 @@ def figures(records):
     """{what: its values} over the records, as far as they have the fields."""
     found = defaultdict(list)
     for record in records:
-        chosen = Counter(words(record["chosen"]))
-        found["chosen: words"].append(chosen.total())
+        length = len(words(record["chosen"]))
+        found["chosen: words"].append(length)
         for name in RESPONSES[1:]:
             if name in record:
-                other = Counter(words(record[name]))
-                both = max(1, chosen.total() + other.total())
-                ratio = other.total() / max(1, chosen.total())
+                ratio = len(words(record[name])) / max(1, length)
                 found[f"{name}: length ratio"].append(ratio)
-                found[f"{name}: word overlap"].append(2 * (chosen & other).total() / both)
     return found
 
 

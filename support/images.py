@@ -19,7 +19,9 @@ FULL_SCALES = (1, 255, 1023, 4095, 16383, 65535)  # white of float, 8, 10, 12, 1
 Image.init()
 FORMATS = [name for name in Image.OPEN if name != "EPS"]  # reading one would start Ghostscript
 LONGEST = 200  # times the shorter side: processors scale that one up, whatever becomes of the other
-CROP, CROP_LARGE = (0.01, 0.2), (0.2, 0.5)  # share of the area that a crop keeps (mDPO Table 3)
+# Shares of the area that a crop keeps (mDPO Table 3).
+CROP = (0.01, 0.2)
+CROP_LARGE = (0.2, 0.5)
 
 
 def need_inside(path, root, allow_outside):

@@ -160,10 +160,8 @@ class Names:
 
     def names_of_phrase(self, tokens):
         """Of a phrase the two-word names alone or, if it has none, its runs of nouns."""
-        doubles = []
-        for words, name in self.merge_doubles(tokens):
-            if len(words.split()) == 2:
-                doubles.append(name)
+        merged = self.merge_doubles(tokens)
+        doubles = [name for words, name in merged if len(words.split()) == 2]
         if doubles:
             return doubles
         runs = []
