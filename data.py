@@ -441,7 +441,7 @@ class Options:
 
 
 def main(argv=None):
-    bad = run_command(check, parse(Options, __doc__, argv, {}))
+    bad = run_command(check, parse(Options, __doc__, argv))
     sys.exit(1 if bad else 0)
 
 

@@ -122,7 +122,7 @@ class Options(DataOptions):
 
 
 def main(argv=None):
-    run_command(contrast, parse(Options, __doc__, argv, {}))
+    run_command(contrast, parse(Options, __doc__, argv))
 
 
 if __name__ == "__main__":

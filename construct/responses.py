@@ -285,7 +285,7 @@ class Options(DataOptions):
 
 
 def main(argv=None):
-    run_command(build, parse(Options, __doc__, argv, {}))
+    run_command(build, parse(Options, __doc__, argv))
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ class Options(DataOptions):
 
 
 def main(argv=None):
-    run_command(review, parse(Options, __doc__, argv, {}))
+    run_command(review, parse(Options, __doc__, argv))
 
 
 if __name__ == "__main__":

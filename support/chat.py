@@ -89,8 +89,8 @@ def ask_all(
     """Ask a chat model many things; yields (id, entry of the log) in completion order. An entry has
     a text or, if it was in vain, a reason.
 
-    requests: iterable of (id, prompt, image or None), read no faster than it is answered. Requests
-        with the same prompt about different images have different ids.
+    requests: list of (id, prompt, image or None). An image is opened when it has to be sent; those
+        of requests with one id and prompt are taken for the same.
     log: JSONL file to which every raw reply is appended and synced before it is yielded. A request
         (same id, prompt, model and sampling) whose reply is there is not asked again.
     check: function of the text that raises ValueError for a malformed reply. That reply goes to the
@@ -110,7 +110,6 @@ def ask_all(
     from support import http
 
     key = http.key_for(base_url, key_env)
-    size = len(requests) if hasattr(requests, "__len__") else None
     client = openai.AsyncOpenAI(
         base_url=base_url,
         api_key=key,
@@ -121,8 +120,8 @@ def ask_all(
     in_a_row = 0
     with ReplyLog(log, http.forms_of(key)) as kept, event_loop(client) as (run, tasks):
         asker = Asker(client, kept, check, tries, max_side, {"model": model, **sampling})
-        bar = tqdm(answers(run, tasks, asker.ask, requests, concurrency), desc, size)
-        for id, entry in bar:
+        size = len(requests)
+        for id, entry in tqdm(answers(run, tasks, asker.ask, requests, concurrency), desc, size):
             yield id, entry
             in_a_row = in_a_row + 1 if entry["text"] is None else 0
             if in_a_row > 0 and in_a_row in (size, max(5, concurrency)):

@@ -61,7 +61,7 @@ def flag_of(name):
 NEEDED = "needed"  # the default of an option that has to be given
 
 
-def parse(options_class, description, argv, notes, **defaults):
+def parse(options_class, description, argv, notes=(), **defaults):
     """The command line as an instance of a dataclass.
 
     A field `batch_size: int` is --batch-size N, a bool is a switch, a Literal has choices, and a
@@ -85,7 +85,7 @@ def parse(options_class, description, argv, notes, **defaults):
         elif kind is bool:
             parser.add_argument(flag, action="store_true", help=text)
         else:
-            note = notes.get(field.name, default)
+            note = dict(notes).get(field.name, default)
             needed = default is NEEDED
             if note is not None:
                 text = f"{text} ({note})"

@@ -335,7 +335,7 @@ class Options:
 
 
 def main(argv=None):
-    run_command(convert, parse(Options, __doc__, argv, {}))
+    run_command(convert, parse(Options, __doc__, argv))
 
 
 if __name__ == "__main__":
