@@ -97,7 +97,7 @@ class Answers:
         self.path = Path(folder, "answers.jsonl")
         self.questions = questions
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.lock = lock(Path(folder, ".lock"))
+        self.lock = lock(folder)
         known = self.path.with_suffix(".settings.json")
         if self.path.exists():
             need_same(self.path, read(known) if known.exists() else {}, made)

@@ -7,6 +7,7 @@ asks nothing twice. Keys are read from the environment and written nowhere.
 import asyncio
 import base64
 import contextlib
+import fcntl
 import hashlib
 import io
 import json
@@ -22,7 +23,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from support.cli import UserError
-from support.files import drop_torn_line, lock
+from support.files import drop_torn_line
 from support.images import open_image
 from support.text import Text
 
@@ -261,7 +262,11 @@ class ReplyLog:
     def __init__(self, path, secrets=()):
         self.entries = defaultdict(list)
         self.secrets = secrets
-        self.file = lock(path)
+        self.file = open(path, "ab")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{path}: another run is writing its replies here") from error
         drop_torn_line(Path(path))
         for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
             try:

@@ -27,7 +27,7 @@ class RunFolder:
         self.metrics = Path(path, "metrics.jsonl")
         self.hashes, self.hashed_steps = {}, 0  # {record number: hash} of the first steps' records
         self.path.mkdir(parents=True, exist_ok=True)
-        self.lock = lock(self.path / ".lock")
+        self.lock = lock(self.path)
         if not resume and (self.checkpoints() or self.logged()):
             raise UserError(f"{path}: holds another run; choose another --out, or --resume it")
 

@@ -45,11 +45,11 @@ def drop_torn_line(path):
     return whole.count(b"\n")
 
 
-def lock(path):
-    """The open file, ours until it is closed."""
-    file = open(path, "ab")
+def lock(folder):
+    """The folder's open .lock, ours until it is closed."""
+    file = open(Path(folder, ".lock"), "w")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise UserError(f"{path}: another process is writing here") from error
+        raise UserError(f"{folder}: another process is writing into this folder") from error
     return file

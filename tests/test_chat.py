@@ -214,7 +214,7 @@ def test_two_runs_do_not_share_a_log(serve, tmp_path):
     url, _ = serve(echo)
     first = ask_all(questions(3), tmp_path / "log", base_url=url, model="m")
     next(first)
-    with pytest.raises(UserError, match="another process"):
+    with pytest.raises(UserError, match="another run"):
         ask(questions(3), tmp_path / "log", url)
     first.close()
 

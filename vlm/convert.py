@@ -249,7 +249,7 @@ def convert(args):
     need_fit(made, weights, originals, args.checkpoint)
 
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    with lock(Path(args.out, ".lock")):
+    with lock(args.out):
         need_same_conversion(args)
         save_processor(args, config, made, tokenizer)
         made.architectures = ["LlavaForConditionalGeneration"]

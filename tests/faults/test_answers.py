@@ -86,7 +86,7 @@ def test_a_second_process_on_the_folder_is_refused(asked, tmp_path):
     argv, whole = asked
     argv = [*argv, "--out", tmp_path / "out"]
     (tmp_path / "out").mkdir()
-    held = lock(tmp_path / "out" / ".lock")  # as a running evaluation holds it
+    held = lock(tmp_path / "out")  # as a running evaluation holds it
     assert harness.run("evaluate", argv, tmp_path / "log") == 2
     assert "another process" in (tmp_path / "log").read_text()
     assert not (tmp_path / "out" / "answers.jsonl").exists()
