@@ -28,14 +28,15 @@ import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tqdm import tqdm
 
-from support.cli import Unreadable, UserError, kind_of, new_parser, places, run_command, within
+from support.cli import Unreadable, UserError, check_numbers, kind_of, parse, places, run_command
 from support.formats import IMAGES, RESPONSES
 from support.images import crop, open_image, pixel_hash
-from support.records import Records, add_data_options, folders_of
+from support.records import Records
 from support.reference import key_of
 from support.signals import outlive_a_signal
 from symmpo import NONE, OBJECTIVES
@@ -129,10 +130,10 @@ class Examples(torch.utils.data.Dataset):
 
     def __init__(self, path, prompts, options):
         self.records = Records(path, options.image_root, options.fields)
-        self.prompts, self.options = prompts, options
+        self.prompts = prompts
+        self.options = options
         self.tried = self.bad = 0  # records
         self.cells = OBJECTIVES[options.objective].cells
-        self.folders = set()  # from which images were read
 
     def __len__(self):
         return len(self.records)
@@ -143,12 +144,11 @@ class Examples(torch.utils.data.Dataset):
         try:
             record = self.records[i]
             rows = build_rows(record, self.prompts, self.cells, *limits)
-            self.folders.update(folders_of(record))
             return Example(i, rows, key_of(rows))
         except UserError as error:
-            for folder in self.folders:
-                if not os.path.isdir(folder):
-                    error = Unreadable(f"{error}\n{folder} is gone: is its disk still there?")
+            root = self.records.root(i)
+            if not root.is_dir():
+                error = Unreadable(f"{error}\n{root} is gone: is its disk still there?")
             return Example(i, error=error)
 
     def usable(self, examples, left_out):
@@ -236,7 +236,9 @@ def embed(files, encoder, cache, batch=64):
     from vlm.load import fingerprint, load_encoder
 
     model, preprocess = load_encoder(encoder)
-    weights, vectors, pixels = fingerprint(encoder), [], []
+    weights = fingerprint(encoder)
+    vectors = []
+    pixels = []
     Path(cache).mkdir(parents=True, exist_ok=True)
     for i in tqdm(range(0, len(files), batch), desc="embedding", unit=" batches"):
         images = [open_image(str(file)) for file in files[i : i + batch]]
@@ -279,17 +281,20 @@ def nearest(vectors, groups, max_sim=1.0, block=256):
 
 
 class Pairs:
-    """Counts the pairs from which nothing, or nothing clear, can be learned."""
+    """Counts what nobody reads, and pairs from which nothing, or nothing clear, can be learned."""
 
     def __init__(self):
         self.seen = set()  # hashes of (image and prompt, chosen, rejected)
         self.found = defaultdict(list)  # what: sources of the records
-        self.unread = set()  # fields of the records that no layout has
 
     def add(self, record):
-        chosen, rejected = record["chosen"], record.get("rejected")
-        self.unread.update(record["unread"])
+        chosen = record["chosen"]
+        rejected = record.get("rejected")
         found = []
+        for what in record["stripped"]:
+            found.append(f"prompt, {what} taken off (the model's own is put around it)")
+        for name in record["unread"]:
+            found.append(f"field {name}, which is not read (--fields can name it)")
         if chosen == rejected:
             found.append("equal pairs, chosen = rejected")
         if chosen == record.get("contrast_chosen"):
@@ -316,23 +321,20 @@ def look_at_pairs(records):
             pairs.add(records[i])
         except UserError:
             continue  # training names it
-    lines = [f"note        {line}" for line in pairs.lines()]
-    if pairs.unread:
-        lines.append(f"note        fields that are not read: {', '.join(sorted(pairs.unread))}")
-    return lines
+    return [f"note        {line}" for line in pairs.lines()]
 
 
 class Survey:
     """What `check` finds out about the records, one after the other."""
 
     def __init__(self, prompts, args):
-        self.prompts, self.args, self.pairs = prompts, args, Pairs()
+        self.prompts = prompts
+        self.args = args
+        self.pairs = Pairs()
         self.faults = defaultdict(list)  # kind of message: [(source, message)]
         self.usable_by = Counter()
         self.lengths = []  # in tokens
-        self.notes = Counter()  # what was taken off, is not read, has one colour
-        self.first, self.longest = None, None  # rows to show
-        self.most_tokens = 0
+        self.shown = None  # rows of a record
 
     def add(self, i, record):
         able = usable_by(record)
@@ -340,14 +342,10 @@ class Survey:
             if name in record:
                 image = image_of(record, name, 0, self.args.allow_outside)
                 if image.getcolors(maxcolors=1):  # None where there are more
-                    self.notes[f"{name} of one colour"] += 1
+                    self.pairs.found[f"{name} of one colour"].append(record["source"])
         if self.prompts:
             self.add_rows(i, record, able)
         self.usable_by.update(able)
-        for what in record["stripped"]:
-            self.notes[f"prompt, {what} taken off (the model's own is put around it)"] += 1
-        for name in record["unread"]:
-            self.notes[f"field {name}, which is not read (--fields can name it)"] += 1
         self.pairs.add(record)
 
     def add_rows(self, i, record, able):
@@ -355,12 +353,10 @@ class Survey:
         rows = build_rows(record, self.prompts, most, max_length=math.inf)
         lengths = [row.longest() for row in rows]
         self.lengths += lengths
-        if max(lengths) > self.most_tokens:
-            self.most_tokens, self.longest = max(lengths), rows
         if max(lengths) > self.args.max_length:
             raise UserError(f"{max(lengths)} tokens, more than --max-length {self.args.max_length}")
-        if self.first is None and self.args.show in (None, i):
-            self.first = rows
+        if self.shown is None and self.args.show in (None, i):
+            self.shown = rows
 
     def add_fault(self, source, message):
         """Each kind of fault is shown once; with --all, every one."""
@@ -378,19 +374,21 @@ class Survey:
         counts = ", ".join(f"{name} {self.usable_by[name]:,}" for name in OBJECTIVES)
         lines.append(f"{total:,} records, {self.bad():,} bad; usable by {counts}")
         lines += self.pairs.lines()
-        lines += [f"{what}: {count:,} records" for what, count in self.notes.items()]
         if self.lengths:
+            low = min(self.lengths)
+            high = max(self.lengths)
             middle = statistics.median_low(self.lengths)
-            low, high = min(self.lengths), self.most_tokens
             lines.append(f"length, tokens: min {low}, median {middle}, max {high}")
-        if self.most_tokens > self.args.max_length:
-            lines.append(f"--max-length {self.most_tokens} would take all records")
+            if high > self.args.max_length:
+                lines.append(f"--max-length {high} would take all records")
         return lines
 
 
 def check(args):
     """`python data.py check`: what a file holds; returns how many of its records are bad."""
-    records, prompts = Records(args.data, args.image_root, args.fields), None
+    check_numbers(args, any_sign=(), above_0=("max_length",))
+    records = Records(args.data, args.image_root, args.fields)
+    prompts = None
     if args.model:
         from vlm.load import load_processor
         from vlm.prompts import prompts_for
@@ -407,33 +405,43 @@ def check(args):
         except UserError as error:
             survey.add_fault(source, str(error).removeprefix(f"{source}: "))
     print("\n".join(survey.lines(len(records))))
-    shown = survey.first or []
-    if survey.longest is not survey.first:
-        shown = shown + survey.longest
-    for row in shown:
+    for row in survey.shown or []:
         print(prompts.describe(row))
-    if args.show is not None and survey.first is None:
+    if args.show is not None and survey.shown is None:
         print(f"--show {args.show}: there is no such record, or it is bad")
-    if args.page:
-        from construct.review import review
-
-        args.out, args.limit = args.page, 100
-        review(args)
     return survey.bad()
 
 
+@dataclass
+class Options:
+    """What is typed.
+
+    command             what to do
+    data                record file, folder of them, or quoted glob (docs/data.md)
+    image_root          folder where image paths start, if not the data file's
+    fields              names in the file: prompt=instruction,chosen=good,image=img_path
+    allow_outside       permit image paths out of that folder
+    model               also render and tokenise for this model (folder or hub name)
+    prompt_format       auto: vicuna for LLaVA-1.5
+    max_length          tokens
+    show                show this record as the model sees it, counted from 0
+    all                 every bad record, not each kind once
+    """
+
+    command: Literal["check"]
+    data: str
+    image_root: str = None
+    fields: str = None
+    allow_outside: bool = False
+    model: str = None
+    prompt_format: Literal["auto", "vicuna", "chat"] = "auto"
+    max_length: int = 2048
+    show: int = None
+    all: bool = False
+
+
 def main(argv=None):
-    parser = new_parser(__doc__)
-    add = parser.add_argument
-    add("command", choices=("check",))
-    add_data_options(parser)
-    add("--model", help="also render and tokenise for this model (folder or hub name)")
-    add("--prompt-format", choices=("auto", "vicuna", "chat"), default="auto")
-    add("--max-length", type=within(1), default=2048, help="tokens (default 2048)")
-    add("--show", type=within(0), help="show this record as the model sees it, counted from 0")
-    add("--all", action="store_true", help="every bad record, not each kind once")
-    add("--page", help="also write a page (.html) with images and responses side by side")
-    bad = run_command(check, parser.parse_args(argv))
+    bad = run_command(check, parse(Options, __doc__, argv))
     sys.exit(1 if bad else 0)
 
 

@@ -9,7 +9,7 @@
 Each benchmark is a folder of benchmarks/ that can be read alone. Here is what they share:
 
     questions --generate--> answers.jsonl --judge--> judgements.jsonl --score--> metrics.json
-                                                                      --report--> report.md, .png
+                                                                      --report--> report.md
 
 Departures: greedy decoding (the published scripts use 3 beams, and sample AMBER's yes/no answers at
 0.7); HallusionBench's questions get their images (the published script feeds none); the judges'
@@ -18,17 +18,18 @@ is each benchmark's own reading.
 """
 
 import datetime
-import functools
 import json
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from benchmarks import BENCHMARKS, page, report, score, well_formed
 from benchmarks.answers import Answers, answer
 from benchmarks.common import HERE, Settings, made_of, read
 from benchmarks.judge import judge
-from support.chat import ask_in_order, chat_message, digest
-from support.cli import UserError, new_parser, run_command, within
+from support.chat import ask_in_order, digest
+from support.cli import UserError, check_numbers, parse, run_command
 from support.files import write_json
 
 TINY = Path(__file__).resolve().parent / "tiny" / "built"
@@ -40,6 +41,8 @@ def generate(args):
     """answers.jsonl of a model, or of an adapter on it; returns the file."""
     if args.server:
         return generate_on_server(args)
+    if args.adapter and not Path(args.adapter, "adapter_config.json").is_file():
+        raise UserError(f"--adapter {args.adapter}: no PEFT folder (it has no adapter_config.json)")
     from vlm.load import fingerprint, load_adapter, load_model  # torch: only where a model answers
     from vlm.prompts import prompts_for
 
@@ -59,7 +62,8 @@ def generate(args):
         "prompt_format": prompts.form,
         "square": args.square,
     }
-    answers, decoding = Answers(args.out, made, questions), made["decoding"]
+    answers = Answers(args.out, made, questions)
+    decoding = made["decoding"]
     texts = answer(model, prompts, questions, answers.count, args.batch_size, **decoding)
     return answers.extend(texts, BENCHMARKS[args.benchmark].ANSWER)
 
@@ -73,10 +77,8 @@ def generate_on_server(args):
     questions, made = ask(args)
     made |= {"name": args.model, "model": args.model, "request": args.request}
     made["server"] = shown(args.server)
-    answers, requests = Answers(args.out, made, questions), []
-    for number, asked in enumerate(questions):
-        late = functools.partial(chat_message, asked.prompt, asked.image)
-        requests.append((number, late))
+    answers = Answers(args.out, made, questions)
+    requests = [(n, asked.prompt, asked.image) for n, asked in enumerate(questions)]
     texts = ask_in_order(
         requests[answers.count :],
         answers.path.with_name(f"replies-{made['questions'][:8]}.jsonl"),
@@ -86,7 +88,7 @@ def generate_on_server(args):
         give_up=args.give_up,
         **{"temperature": args.temperature, "max_tokens": args.max_new_tokens, **args.request},
     )
-    return answers.extend(texts, BENCHMARKS[args.benchmark].ANSWER)
+    return answers.extend(texts.values(), BENCHMARKS[args.benchmark].ANSWER)
 
 
 def ask(args):
@@ -134,7 +136,8 @@ def score_files(args):
 
 def run(args):
     """generate, judge where a judge is given, score, report."""
-    folder, args.answers = args.out, generate(args)
+    folder = args.out
+    args.answers = generate(args)
     if args.judge_url:
         judge(args)
         args.judgements = Path(folder, "judgements.jsonl")
@@ -170,85 +173,106 @@ COMMANDS = {
 # --- command line ---------------------------------------------------------------------------------
 
 
-def parse_args(argv=None):
-    parser = new_parser(__doc__)
-    add = parser.add_argument
-    add("command", choices=COMMANDS)
-    add("names", nargs="*", help="report: metrics.json files; page: answers; fetch-help: B")
-    add(
-        "--benchmark",
-        choices=sorted(BENCHMARKS),
-        default="amber",
-        help="page tells it by the answers",
-    )
-    add("--data", help="the benchmark's files as downloaded (default: the bundled tiny set)")
-    add("--allow-outside", action="store_true", help="permit image paths that leave --data")
-    add("--model", help="model folder or hub name (default: the bundled tiny model)")
-    add("--adapter", help="a PEFT folder, such as a checkpoint of train.py")
-    add("--out", help="output folder; score: the metrics.json to write")
-    add("--protocol", choices=("symmpo", "official"), default="symmpo")
-    add(
-        "--dimension",
-        choices="a g d de da dr".split(),
-        default="a",
-        help="AMBER: all, captions, yes/no, or its existence, attribute, relation part",
-    )
-    add("--row", help="its name in reports; rows of one name (seeds) are averaged there")
-    add("--limit", type=within(1), help="only the first N questions; page: N cases (100)")
-    # who answers, and how
-    add("--batch-size", type=within(1), default=16)
-    add("--max-new-tokens", type=within(1), default=1024)
-    add("--beams", type=within(1), default=1, help="the published scripts use 3")
-    add("--temperature", type=within(0, kind=float), default=0.0, help="0: deterministic")
-    add("--seed", type=int, default=0)
-    add("--prompt-format", choices=("auto", "vicuna", "chat"), default="auto")
-    add("--square", choices=("own", "pad", "crop"), default="own", help="see vlm/prompts.py")
-    add("--server", help="instead of a model: an OpenAI-compatible server, http://host:8000/v1")
-    # who judges, and what is scored
-    add("--judge-url", help="the judge's OpenAI-compatible server; the key is OPENAI_API_KEY")
-    add("--judge-model")
-    add(
-        "--request",
-        type=json.loads,
-        default={},
-        help='more fields of each request to a server, as JSON: \'{"reasoning_effort": "low"}\'',
-    )
-    add(
-        "--give-up",
-        type=within(0),
-        default=0,
-        help="of a server or judge: go on when up to so many requests stay without a usable reply",
-    )
-    add("--answers", default="answers.jsonl", help="score: a JSON list or JSONL")
-    add("--judgements", help="score: raw judge replies in answer order (page: those beside)")
-    add("--similar", help="score, AMBER: JSON list of pairs of words that mean the same")
-    add("--paper", choices=("7b", "13b", "bunny", "none"), help="published rows shown")
-    add("--differences", action="store_true", help="report: to each published row, and in settings")
-    args = parser.parse_args(argv)
+@dataclass
+class Options:
+    """What is typed.
 
+    command             what to do
+    names               report: metrics.json files; page: answers; fetch-help: the benchmark
+    benchmark           amber, hallusionbench, mmhal, mmstar, objhal, pope; page reads the answers
+    data                the benchmark's files as downloaded; if not given, the bundled tiny set
+    allow_outside       permit image paths that leave --data
+    model               model folder or hub name; if not given, the bundled tiny model
+    adapter             a PEFT folder, such as a checkpoint of train.py
+    out                 output folder; score: the metrics.json to write
+    protocol            how free answers are read
+    dimension           AMBER: all, captions, yes/no, or its existence, attribute, relation part
+    row                 its name in reports; rows of one name (seeds) are averaged there
+    limit               only the first N questions; page: N cases, if not given 100
+    batch_size          questions at a time
+    max_new_tokens      longest answer
+    beams               the published scripts use 3
+    temperature         0: deterministic
+    seed                of sampled answers
+    prompt_format       auto: vicuna for LLaVA-1.5
+    square              see vlm/prompts.py
+    server              instead of a model: an OpenAI-compatible server, http://host:8000/v1
+    judge_url           the judge's OpenAI-compatible server; the key is OPENAI_API_KEY
+    judge_model         its name there
+    request             more fields of each request, as JSON: '{"reasoning_effort": "low"}'
+    give_up             of a server or judge: go on when up to N requests stay without a reply
+    answers             score: a JSON list or JSONL
+    judgements          score: raw judge replies in answer order (page: those beside)
+    similar             score, AMBER: JSON list of pairs of words that mean the same
+    paper               published rows shown; if not given, those of the first row's model
+    differences         report: to each published row, and in settings
+    """
+
+    command: Literal[*COMMANDS]
+    names: list = field(default_factory=list)
+    benchmark: str = "amber"
+    data: str = None
+    allow_outside: bool = False
+    model: str = None
+    adapter: str = None
+    out: str = None
+    protocol: Literal["symmpo", "official"] = "symmpo"
+    dimension: Literal["a", "g", "d", "de", "da", "dr"] = "a"
+    row: str = None
+    limit: int = None
+    # who answers, and how
+    batch_size: int = 16
+    max_new_tokens: int = 1024
+    beams: int = 1
+    temperature: float = 0.0
+    seed: int = 0
+    prompt_format: Literal["auto", "vicuna", "chat"] = "auto"
+    square: Literal["own", "pad", "crop"] = "own"
+    server: str = None
+    # who judges, and what is scored
+    judge_url: str = None
+    judge_model: str = None
+    request: json.loads = None
+    give_up: int = 0
+    answers: str = "answers.jsonl"
+    judgements: str = None
+    similar: str = None
+    paper: Literal["7b", "13b", "bunny", "none"] = None
+    differences: bool = False
+
+
+def parse_args(argv=None):
+    args = parse(Options, __doc__, argv)
+    above_0 = ("limit", "batch_size", "max_new_tokens", "beams")
+    check_numbers(args, any_sign=("seed",), above_0=above_0)
     if args.command == "fetch-help" and args.names:
-        if args.names[0] not in BENCHMARKS:
-            parser.error(f"the benchmarks are {', '.join(BENCHMARKS)}")
         args.benchmark = args.names[0]
+    if args.benchmark not in BENCHMARKS:
+        raise UserError(f"{args.benchmark}: the benchmarks are {', '.join(BENCHMARKS)}")
     role = BENCHMARKS[args.benchmark].JUDGE
     judged_run = args.command == "run" and (args.judge_url or role == "needed")
     if args.command == "judge" or judged_run:
         if role == "none" or not args.judge_url or not args.judge_model:
-            parser.error("judging, if the benchmark has it, needs --judge-url and --judge-model")
-    if args.command != "fetch-help" and not args.data:
-        if args.model:
-            parser.error("--data is missing: the benchmark's files")
+            raise UserError("judging, if the benchmark has it, needs --judge-url and --judge-model")
+    if not args.data:
+        if args.model and args.command != "fetch-help":
+            raise UserError("--data is missing: the benchmark's files")
         args.data = TINY if args.command == "page" else TINY / args.benchmark
     default = {"score": "metrics.json", "report": ".", "page": "page.html"}
     own = f"runs/{args.benchmark}-{Path(args.model or 'tiny').name}"
     args.out = args.out or default.get(args.command, own)
     args.model = args.model or str(TINY / "model")
+    args.request = args.request or {}
     return args
 
 
-def main(argv=None):
+def evaluate(argv):
     args = parse_args(argv)
-    run_command(COMMANDS[args.command], args)
+    COMMANDS[args.command](args)
+
+
+def main(argv=None):
+    run_command(evaluate, argv)
 
 
 if __name__ == "__main__":

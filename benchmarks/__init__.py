@@ -9,8 +9,8 @@ JUDGE ("none", "optional" or "needed"), COLUMNS (of the report), and
     is_clear(text)    where answers have a form: has this one?
 
 and, if JUDGE is not "none", check_reply(text), which returns a judgement as it is scored, and
-judge_messages(prompt, row) where it is not the filled-in prompt, as a user's message; beside it
-stand README.md (source, licence, how to get it, departures), word lists and the judge's prompt.
+is_unasked(row) where some answers need no judge (their judgement is []). Beside it stand README.md
+(source, licence, how to get it, departures), word lists and the judge's prompt.
 Another benchmark is another folder, and its name here.
 """
 
@@ -47,7 +47,8 @@ def score(benchmark, answers, folder, settings=None):
     folder: the benchmark's files. Percent, except MMHal's score (0-6). Raises UserError where the
     official scorer crashes and no correct number exists.
     """
-    settings, module = settings or Settings(), BENCHMARKS[benchmark]
+    settings = settings or Settings()
+    module = BENCHMARKS[benchmark]
     need_answers(answers, settings.judgements)
     with well_formed(benchmark, folder):
         answers, found = without_thinking(answers, module)
@@ -71,7 +72,8 @@ def score(benchmark, answers, folder, settings=None):
 
 def without_thinking(answers, module):
     """The answers as they are scored, and how many of them are what."""
-    scored, found = [], Counter()
+    scored = []
+    found = Counter()
     for answer in answers:
         text = answer.get(module.ANSWER)
         if isinstance(text, str):  # else the scorer says what is wrong

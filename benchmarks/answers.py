@@ -37,18 +37,21 @@ def answer(model, prompts, questions, first=0, batch_size=16, seed=0, **decoding
 def batches(questions, size):
     """(number of its first question, questions): all with an image, or all without. An image's
     questions are in one batch if they fit into one."""
-    start, batch = 0, []
+    start = 0
+    batch = []
     for image, group in groupby(questions, key=lambda question: question.image):
         group = list(group)
         if batch:
             alike = (batch[0].image is None) == (image is None)
             if not alike or len(batch) + len(group) > size:
                 yield start, batch
-                start, batch = start + len(batch), []
+                start += len(batch)
+                batch = []
         batch += group
         while len(batch) > size:
             yield start, batch[:size]
-            start, batch = start + size, batch[size:]
+            start += size
+            batch = batch[size:]
     if batch:
         yield start, batch
 
@@ -70,7 +73,8 @@ def before_and_after(policy, prompts, folder):
     after = measure(policy, prompts, folder)["metrics"]
     print(f"{'held-out scenes (%)':20}   CHAIR   cover     hal  yes/no")
     for name, found in (("before", before), ("after", after)):
-        made, asked = found["generative"], found["discriminative"]
+        made = found["generative"]
+        asked = found["discriminative"]
         values = made["CHAIR"], made["Cover"], made["Hal"], asked["Accuracy"]
         print(f"{name:20}" + "".join(f"{value:8.1f}" for value in values))
 
@@ -90,7 +94,8 @@ class Answers:
     lines that are not the questions' answers, are refused."""
 
     def __init__(self, folder, made, questions):
-        self.path, self.questions = Path(folder, "answers.jsonl"), questions
+        self.path = Path(folder, "answers.jsonl")
+        self.questions = questions
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.lock = lock(folder)
         known = self.path.with_suffix(".settings.json")

@@ -12,17 +12,18 @@ from support.files import write_lines
 def judge(args):
     """judgements.jsonl of --out in answer order, without thinking and Markdown. Raw replies are on
     disk (judge_replies.jsonl) before."""
-    benchmark, folder = BENCHMARKS[args.benchmark], Path(args.out)
+    benchmark = BENCHMARKS[args.benchmark]
+    folder = Path(args.out)
     answers = read(folder / "answers.jsonl")
     prompt = Template((HERE / args.benchmark / "judge.txt").read_text(encoding="utf-8"))
-    messages_of, asked = getattr(benchmark, "judge_messages", user_message), {}
+    is_unasked = getattr(benchmark, "is_unasked", lambda row: False)
+    requests = []
     with well_formed(args.benchmark, folder):
         for number, row in enumerate(answers):
-            messages = messages_of(prompt, row)
-            if messages is not None:
-                asked[number] = messages
-    replies = ask_in_order(
-        list(asked.items()),
+            if not is_unasked(row):
+                requests.append((number, prompt.substitute(row), None))
+    texts = ask_in_order(
+        requests,
         folder / "judge_replies.jsonl",
         base_url=args.judge_url,
         model=args.judge_model,
@@ -31,7 +32,6 @@ def judge(args):
         give_up=args.give_up,
         **{"temperature": 0, **args.request},
     )
-    texts = dict(zip(asked, replies))
     lines = []
     for number in range(len(answers)):
         text = plain(texts.get(number, "[]"))
@@ -39,7 +39,3 @@ def judge(args):
             text = benchmark.check_reply(text)
         lines.append({"text": text, "model": args.judge_model})
     write_lines(folder / "judgements.jsonl", lines)
-
-
-def user_message(prompt, row):
-    return [{"role": "user", "content": prompt.substitute(row)}]

@@ -48,18 +48,30 @@ def add(sections, file, answers, data, settings):
     """Puts a file of answers, and what the scorer reads in them, into its benchmark's section."""
     need_answers(answers, None)
     benchmark = benchmark_of(answers[0])
-    module, folder = BENCHMARKS[benchmark], Path(data, benchmark)
+    module = BENCHMARKS[benchmark]
+    folder = Path(data, benchmark)
     folder = folder if folder.is_dir() else data
     with well_formed(benchmark, folder):
         if benchmark not in sections:
-            sections[benchmark] = module.questions(folder, settings)[: len(answers)], []
+            ids = {answer.get("id") for answer in answers}
+            asked = module.questions(folder, settings)
+            asked = [question for question in asked if question.record.get("id") in ids]
+            asked = in_order(asked, lambda question: question.record)
+            sections[benchmark] = asked[: len(answers)], []
         questions, models = sections[benchmark]
+        answers = in_order(answers, lambda answer: answer)
         need_same_questions(questions, answers, module.ANSWER)
     judged = Path(file).with_name("judgements.jsonl")
     own = replace(settings, judgements=read(judged) if judged.is_file() else None, cases=[])
     found = score(benchmark, answers, folder, own)
     model = {"file": file, "answers": answers, "cases": own.cases}
     models.append({**made_of(file), **found, **model})
+
+
+def in_order(rows, record_of):
+    """AMBER's by the ids in their records, since its files come in several orders; others have no
+    ids, and stay as they are."""
+    return sorted(rows, key=lambda row: record_of(row).get("id", 0))
 
 
 def benchmark_of(answer):
@@ -78,6 +90,7 @@ def need_same_questions(questions, answers, field):
             if {**told, **answer} == {**answer, **told}:
                 continue
         raise UserError(
-            f"line {number}: not the answer to question {number} of --data (and --dimension), or "
-            "not as many answers as in the file before; side by side stand the same questions"
+            f"line {number} (by id, if answers have one): not the answer to question {number} of "
+            "--data (and --dimension), or not as many answers as in the file before; side by side "
+            "stand the same questions"
         )

@@ -1,4 +1,4 @@
-"""report.md and report.png: the rows of metrics.json files beside the paper's rows.
+"""report.md: the rows of metrics.json files beside the paper's rows.
 
 (!) marks rows of which more than 2 % of the answers or judgements are empty, cut or unclear.
 
@@ -18,7 +18,9 @@ from support.files import write_atomically
 def write(files, folder, paper=None, differences=False):
     """files: metrics.json files. paper: "7b", "13b", "none", or by the first row's model.
     differences: also how far we are from each published row; for results of one model."""
-    results, own, ours = [read(file) for file in files], {}, {}
+    results = [read(file) for file in files]
+    own = {}
+    ours = {}
     models = {result.get("row") or result["name"] for result in results}
     if differences and len(models) > 1:
         raise UserError(f"--differences: for one model, and these are {', '.join(models)}")
@@ -47,7 +49,6 @@ def write(files, folder, paper=None, differences=False):
     text = "\n".join(lines)
     print(text)
     write_atomically(Path(folder, "report.md"), text + "\n")
-    draw(rows, headings, Path(folder, "report.png"))
 
 
 def row_of(result):
@@ -88,9 +89,11 @@ def table(rows, known, headings, ours):
 
 def other_settings(results):
     """Lines: where our answers came about in another way than the published ones."""
-    settings, lines = read(HERE / "paper_settings.json"), []
+    settings = read(HERE / "paper_settings.json")
+    lines = []
     for result in results:
-        benchmark, own = result["benchmark"], {**result, **result.get("decoding", {})}
+        benchmark = result["benchmark"]
+        own = {**result, **result.get("decoding", {})}
         expected = settings["all"] | settings.get(benchmark, {})
         for name, published in expected.items():
             value = own.get(name)
@@ -113,18 +116,3 @@ def made(results):
         facts = [f"{name}: {value}" for name, value in result.items() if name != "metrics"]
         lines.append("- " + "; ".join(facts))
     return lines
-
-
-def draw(rows, headings, path):
-    """A panel of bars for each column."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
-    colors = colormaps["viridis"].resampled(len(rows)).colors  # readable without colour vision
-    figure = Figure(figsize=(1.6 * len(headings) + 4, 3.2), layout="constrained")
-    for axis, heading in zip(figure.subplots(1, len(headings), squeeze=False)[0], headings):
-        heights = [statistics.mean(row.get(heading, [0])) for row in rows.values()]
-        axis.bar(range(len(rows)), heights, color=colors, label=list(rows))
-        axis.set(title=heading.replace(" ", "\n"), xticks=[])
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside right")
-    figure.savefig(path, dpi=110)

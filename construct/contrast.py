@@ -7,52 +7,51 @@ Pictures that you made yourself (synthetic, in SymMPO's Fig. 4) need no command:
 contrast_image in the records.
 """
 
+import functools
+import math
 import os
 import random
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from PIL import Image
 from tqdm import tqdm
 
 from data import embed, nearest
-from support.cli import UserError, new_parser, run_command, within
+from support.cli import NEEDED, UserError, parse, run_command
 from support.files import write_lines
 from support.images import CROP_LARGE, crop, moco, noise, open_image
-from support.records import Records, add_data_options, need_other, with_files
+from support.records import DataOptions, Records, need_other, with_files
 
-# Kinds that are made from the image itself: (image, random generator, args) -> image
+# Kinds that are made from the image itself: (image, random generator) -> image
 MADE = {
-    "crop": lambda image, rng, args: crop(image, rng),
-    "crop-large": lambda image, rng, args: crop(image, rng, CROP_LARGE),
-    "black": lambda image, rng, args: Image.new("RGB", image.size),
-    "noise": lambda image, rng, args: noise(image, rng, args.step),
-    "moco": lambda image, rng, args: moco(image, rng),
+    "crop": crop,
+    "crop-large": functools.partial(crop, keep=CROP_LARGE),
+    "black": lambda image, rng: Image.new("RGB", image.size),
+    "noise": noise,
+    "moco": moco,
 }
 
 
-def choose(args, given):
-    """{path of an image: (its contrast image, cosine or None)} for the kinds that take another
-    record's image; one for which no other will do is left out. given: (fields, files) of each
-    record."""
-    group_of = {}
-    for fields, files in given:
-        group_of[files["image"]] = str(fields.get(args.group, files["image"]))
-    images, chosen = list(group_of), {}
+def choose(args, images):
+    """{path of an image: (its contrast image, cosine or None)} for the kinds that take another one
+    of the images; one for which no other will do is left out."""
+    chosen = {}
+    if len(images) < 2:
+        return chosen
     if args.kind == "random":
         rng = random.Random(args.seed)
-        for image in images:
-            for other in rng.choices(images, k=20):
-                if group_of[other] != group_of[image]:
-                    chosen[image] = (other, None)
-                    break
+        for number, image in enumerate(images):
+            other = (number + rng.randrange(1, len(images))) % len(images)
+            chosen[image] = (images[other], None)
         return chosen
 
     vectors, pixels = embed(images, args.encoder, Path(args.out).with_suffix(""))
-    same_pixels, same_group = numbered(pixels), numbered(group_of.values())
-    index, cosines = nearest(vectors, [same_pixels, same_group], args.max_sim)
+    index, cosines = nearest(vectors, [numbered(pixels)], args.max_sim)
     for image, i, cosine in zip(images, index.tolist(), cosines.tolist()):
-        if cosine >= args.min_sim:
+        if math.isfinite(cosine):  # -inf where there is none
             chosen[image] = (images[i], round(cosine, 4))
     return chosen
 
@@ -75,15 +74,19 @@ def contrast(args):
     given = [with_files(records, i, folder / "given", args.allow_outside) for i in numbers]
     folder.mkdir(parents=True, exist_ok=True)
 
-    chosen = {} if args.kind in MADE else choose(args, given)
+    chosen = {}
     lines = []
+    if args.kind not in MADE:
+        images = dict.fromkeys(files["image"] for _, files in given)
+        chosen = choose(args, list(images))
     for number, (fields, files) in enumerate(tqdm(given, desc=args.kind, unit=" records")):
         image = files["image"]
         if args.kind in MADE:
             seed = f"{args.seed} {number} {fields['image']}"
             rng = random.Random(seed.encode("utf-8", "replace"))  # a path may be none
-            other, cosine = folder / f"{number:06d}.png", None
-            MADE[args.kind](open_image(str(image)), rng, args).save(other)
+            other = folder / f"{number:06d}.png"
+            cosine = None
+            MADE[args.kind](open_image(str(image)), rng).save(other)
         elif image in chosen:
             other, cosine = chosen[image]
         else:
@@ -100,24 +103,26 @@ def contrast(args):
     print(f"{out}: {len(lines):,} records, {len(records) - len(lines):,} left out (no image fits)")
 
 
+@dataclass
+class Options(DataOptions):
+    """What is typed.
+
+    out                 FILE.jsonl beside the images; made pictures go to FILE/
+    kind                of contrast image
+    seed                of what is drawn at random
+    encoder             for clip
+    max_sim             clip: above it are duplicates
+    """
+
+    out: str = NEEDED
+    kind: Literal[*MADE, "random", "clip"] = "clip"
+    seed: int = 0
+    encoder: str = "openai/clip-vit-large-patch14-336"
+    max_sim: float = 0.98
+
+
 def main(argv=None):
-    parser = new_parser(__doc__)
-    add = parser.add_argument
-    add_data_options(parser, "folder of images, record file, folder of them, or quoted glob")
-    add("--out", required=True, help="FILE.jsonl beside the images; made pictures go to FILE/")
-    add("--kind", default="clip", choices=(*MADE, "random", "clip"))
-    add("--seed", type=int, default=0)
-    add("--encoder", default="openai/clip-vit-large-patch14-336", help="for clip")
-    add("--min-sim", type=float, default=-1.0, help="clip: least cosine of a neighbour")
-    add("--max-sim", type=float, default=0.98, help="clip: above it are duplicates (default 0.98)")
-    add("--group", default="image", help="field; images that share it are never paired")
-    add(
-        "--step",
-        type=within(1, 1000),
-        default=500,
-        help="noise: diffusion step of 1000 (default 500)",
-    )
-    run_command(contrast, parser.parse_args(argv))
+    run_command(contrast, parse(Options, __doc__, argv))
 
 
 if __name__ == "__main__":

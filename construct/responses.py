@@ -23,18 +23,17 @@ import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from construct.review import figures, spread, template, words
+from construct.review import template, words
 from data import RESPONSES
-from support.chat import ReplyLog, ask_all, chat_message, digest
-from support.cli import UserError, new_parser, run_command, within
+from support.chat import ReplyLog, ask_all, digest
+from support.cli import NEEDED, UserError, check_numbers, parse, run_command
 from support.files import write_lines
 from support.images import open_image, open_images
-from support.records import Records, add_data_options, need_other, with_files
+from support.records import DataOptions, Records, need_other, with_files
 from vlm.generate import generate
 from vlm.load import fingerprint, load_model
 from vlm.prompts import prompts_for
@@ -46,17 +45,6 @@ SAMPLING = {
     "writer": {"temperature": 0.7, "max_tokens": 4096},
 }
 LONGER = 2  # a gate: how many times as long as the other a response may be, in words
-
-
-class Question(NamedTuple):
-    text: str
-    file: str | None = None  # the image that it is about
-    hash: str | None = None  # of that file
-    repetition: int = 0  # asked more than once, it is sampled more than once
-
-    def id(self):
-        """So an image is captioned once, in however many records it occurs."""
-        return digest(self.text, (self.file, self.hash), self.repetition)
 
 
 @dataclass
@@ -77,7 +65,7 @@ def caption(drafts, args):
     questions = []
     for draft in drafts:
         text = template("captions.txt").render(draft.record)
-        questions.append([Question(text, *image) for image in draft.images])
+        questions.append([question(text, image) for image in draft.images])
     for draft, replies in ask(drafts, questions, "captions", "captioner", args):
         draft.record["captions"] = replies
 
@@ -88,7 +76,7 @@ def sample(drafts, args):
     for draft in drafts:
         text = template("samples.txt").render(draft.record)
         image = draft.images[0]
-        questions.append([Question(text, *image, n) for n in range(args.samples)])
+        questions.append([question(text, image, n) for n in range(args.samples)])
     for draft, replies in ask(drafts, questions, "samples", "policy", args):
         draft.record["samples"] = replies
 
@@ -97,7 +85,7 @@ def write(drafts, args, step, **kinds):
     """3. The writer sorts the claims in the samples: consistent with the caption of m, or not.
     4. It makes of them a preferred and a dispreferred response in one style.
     5. It answers the same prompt for m', from the caption of m'."""
-    questions = [[Question(template(f"{step}.txt").render(draft.record))] for draft in drafts]
+    questions = [[question(template(f"{step}.txt").render(draft.record))] for draft in drafts]
     parse = functools.partial(json_fields, **kinds)
     for draft, replies in ask(drafts, questions, step, "writer", args, parse):
         draft.record |= replies[0]
@@ -105,6 +93,7 @@ def write(drafts, args, step, **kinds):
 
 def build(args):
     """The command: the five steps, the gates, and the files of good and bad records."""
+    check_numbers(args, (), above_0=("samples", "max_side", "concurrency", "timeout"))
     records = Records(args.data, args.image_root, args.fields, needed=("image",))
     need_other(args.out, records)
     Path(f"{args.out}.work").mkdir(parents=True, exist_ok=True)
@@ -118,7 +107,8 @@ def build(args):
     for draft in usable(drafts):
         draft.reason = gate(draft.record)
 
-    good, bad = [], []
+    good = []
+    bad = []
     for number, draft in enumerate(drafts, 1):
         if draft.reason is None:
             good.append(draft.record)
@@ -131,8 +121,6 @@ def build(args):
     print(f"{args.out}: {len(good):,} records; {len(bad):,} in {rejected}")
     for reason, count in Counter(record["reason"] for record in bad).most_common(9):
         print(f"    {count:,} {reason}")
-    for name, values in figures(good).items():
-        print(f"{name:32} (min, 5 %, median, 95 %, max)", *spread(values))
 
 
 def usable(drafts):
@@ -186,6 +174,12 @@ def json_fields(text, **kinds):
     return {key: found[key] for key in kinds}
 
 
+def question(text, image=(None, None), repetition=0):
+    """(id, text, file of the image) as `ask_all` takes it. The id has the image's hash: so an image
+    is captioned once, in however many records it occurs."""
+    return digest(text, image, repetition), text, image[0]
+
+
 def ask(drafts, questions, step, role, args, parse=usable_text):
     """Ask each draft's questions; yields (draft, its parsed replies) and sets the others aside.
 
@@ -194,68 +188,57 @@ def ask(drafts, questions, step, role, args, parse=usable_text):
     log = f"{args.out}.work/{step}.jsonl"
     requests = {}
     for own in questions:
-        requests |= {question.id(): question for question in own}
+        requests |= {request[0]: request for request in own}
+    requests = list(requests.values())
+    model = getattr(args, role)
     if getattr(args, f"{role}_url"):
-        texts = dict(ask_server(requests, log, step, role, args, parse))
+        found = ask_all(
+            requests,
+            log,
+            base_url=getattr(args, f"{role}_url"),
+            model=model,
+            concurrency=args.concurrency,
+            timeout=args.timeout,
+            check=parse,
+            desc=step,
+            max_side=args.max_side,
+            key_env=f"{role.upper()}_API_KEY",
+            **SAMPLING[role],
+        )
     else:
-        texts = dict(answer_locally(requests, log, getattr(args, role), **SAMPLING[role]))
-    failed = {}
-    for line in Path(log).read_bytes().splitlines():
-        entry = json.loads(line)
-        if "reason" in entry:
-            failed[entry["id"]] = entry
+        found = answer_locally(requests, log, model, **SAMPLING[role])
+    entries = dict(found)
     for draft, own in zip(drafts, questions):
-        missing = [question.id() for question in own if texts[question.id()] is None]
-        if missing:
-            entry = failed[missing[0]]
-            draft.reason, draft.reply = f"{step}: {entry['reason']}", entry["text"]
+        replies = [entries[id] for id, _, _ in own]
+        failed = [entry for entry in replies if "reason" in entry]
+        if failed:
+            draft.reason = f"{step}: {failed[0]['reason']}"
+            draft.reply = failed[0]["text"]
         else:
-            yield draft, [parse(texts[question.id()]) for question in own]
-
-
-def ask_server(requests, log, step, role, args, parse):
-    """(id, text or None) for {id: Question}, from the role's server."""
-    chats = []
-    for id, question in requests.items():
-        late = functools.partial(chat_message, question.text, question.file, args.max_side)
-        chats.append((id, late))
-    return ask_all(
-        chats,
-        log,
-        base_url=getattr(args, f"{role}_url"),
-        model=getattr(args, role),
-        concurrency=args.concurrency,
-        timeout=args.timeout,
-        check=parse,
-        desc=step,
-        key_env=f"{role.upper()}_API_KEY",
-        **SAMPLING[role],
-    )
+            yield draft, [parse(entry["text"]) for entry in replies]
 
 
 def answer_locally(requests, log, path, temperature, max_tokens, batch=8):
-    """The same from a transformers model. A batch is seeded by its requests, and sampled again
-    whole if a killed run left it incomplete: the same texts."""
+    """(id, entry of the log) as `ask_all`, from a transformers model. A batch is seeded by its
+    requests, and sampled again whole if a killed run left it incomplete: the same texts."""
     model, processor = load_model(path)
     prompts = prompts_for(model.config, processor)
-    weights, ids = fingerprint(path), list(requests)
+    weights = fingerprint(path)
     with ReplyLog(log) as kept:
-        for i in tqdm(range(0, len(ids), batch), desc=Path(log).stem, unit=" batches"):
-            here = ids[i : i + batch]
-            names = [digest(id, weights, temperature, max_tokens) for id in here]
+        for i in tqdm(range(0, len(requests), batch), desc=Path(log).stem, unit=" batches"):
+            ids, asked, files = zip(*requests[i : i + batch])
+            names = [digest(id, weights, temperature, max_tokens) for id in ids]
             if not all(kept.entries[name] for name in names):
-                questions = [requests[id] for id in here]
-                images = open_images([question.file for question in questions])
-                asked = [question.text for question in questions]
                 torch.manual_seed(int(names[0], 16) % 2**63)
+                images = open_images(files)
                 texts = generate(model, prompts, asked, images, max_tokens, temperature=temperature)
-                for id, name, text in zip(here, names, texts):
+                for id, name, text in zip(ids, names, texts):
                     entry = {"id": id, "request": name, "model": path, "text": text}
                     if not text:
                         entry["reason"] = "malformed reply: empty"
                     kept.append(entry)
-            for id, name in zip(here, names):
-                yield id, kept.entries[name][-1]["text"] or None
+            for id, name in zip(ids, names):
+                yield id, kept.entries[name][-1]
 
 
 def gate(record):
@@ -271,24 +254,38 @@ def gate(record):
     return None
 
 
+@dataclass
+class Options(DataOptions):
+    """What is typed.
+
+    out                 the records (.jsonl); all replies are kept in OUT.work
+    captioner           describes the images; a local model, if no server is given
+    captioner_url       its server
+    policy              the model to be trained, likewise
+    policy_url          its server
+    writer              sorts claims and writes responses, on a server
+    writer_url          its server
+    samples             answers of the policy
+    max_side            px of images sent
+    concurrency         requests at a time
+    timeout             seconds a request
+    """
+
+    out: str = NEEDED
+    captioner: str = NEEDED
+    captioner_url: str = None
+    policy: str = NEEDED
+    policy_url: str = None
+    writer: str = NEEDED
+    writer_url: str = NEEDED
+    samples: int = 4
+    max_side: int = 1024
+    concurrency: int = 8
+    timeout: float = 120.0
+
+
 def main(argv=None):
-    parser = new_parser(__doc__)
-    add = parser.add_argument
-    add_data_options(parser)
-    add("--out", required=True, help="the records (.jsonl); all replies are kept in OUT.work")
-    tasks = {
-        "captioner": "describes the images; a local model, if no server is given",
-        "policy": "the model to be trained, likewise",
-        "writer": "sorts claims and writes responses, on a server",
-    }
-    for role, task in tasks.items():
-        add(f"--{role}", required=True, metavar="MODEL", help=task)
-        add(f"--{role}-url", required=role == "writer", metavar="URL", help=f"server of the {role}")
-    add("--samples", type=within(1), default=4, help="answers of the policy (default 4)")
-    add("--max-side", type=within(1), default=1024, help="px of images sent (default 1024)")
-    add("--concurrency", type=within(1), default=8, help="requests at a time (default 8)")
-    add("--timeout", type=within(1, kind=float), default=120, help="seconds a request (120)")
-    run_command(build, parser.parse_args(argv))
+    run_command(build, parse(Options, __doc__, argv))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ One self-contained file: images, responses with the words marked in which they d
 import difflib
 import functools
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,9 @@ from tqdm import tqdm
 
 from data import RESPONSES
 from support.chat import image_url
-from support.cli import new_parser, run_command, within
+from support.cli import NEEDED, check_numbers, parse, run_command
 from support.images import open_image
-from support.records import Records, add_data_options, need_other
+from support.records import DataOptions, Records, need_other
 
 
 @functools.cache
@@ -38,15 +39,12 @@ def figures(records):
     """{what: its values} over the records, as far as they have the fields."""
     found = defaultdict(list)
     for record in records:
-        chosen = Counter(words(record["chosen"]))
-        found["chosen: words"].append(chosen.total())
+        length = len(words(record["chosen"]))
+        found["chosen: words"].append(length)
         for name in RESPONSES[1:]:
             if name in record:
-                other = Counter(words(record[name]))
-                both = max(1, chosen.total() + other.total())
-                ratio = other.total() / max(1, chosen.total())
+                ratio = len(words(record[name])) / max(1, length)
                 found[f"{name}: length ratio"].append(ratio)
-                found[f"{name}: word overlap"].append(2 * (chosen & other).total() / both)
     return found
 
 
@@ -57,7 +55,8 @@ def spread(values):
 
 def marked(text, other):
     """The text in parts: (words, whether the other text has others there)."""
-    a, b = text.split(), other.split()
+    a = text.split()
+    b = other.split()
     # Repetitive words make exact matching cubic: above this length words that come often are left
     # out of the search, which is what difflib does by default.
     is_long = len(a) + len(b) > 2000
@@ -67,6 +66,7 @@ def marked(text, other):
 
 def review(args):
     """Write the page, with at most `limit` records, evenly spread over the file."""
+    check_numbers(args, any_sign=(), above_0=("limit",))
     source = Records(args.data, args.image_root, args.fields)
     need_other(args.out, source)
     records = [{**source.raw(i), **source[i]} for i in range(len(source))]
@@ -91,13 +91,20 @@ def review(args):
     print(f"{args.out}: {what}")
 
 
+@dataclass
+class Options(DataOptions):
+    """What is typed.
+
+    out                 the page (.html)
+    limit               records shown
+    """
+
+    out: str = NEEDED
+    limit: int = 100
+
+
 def main(argv=None):
-    parser = new_parser(__doc__)
-    add = parser.add_argument
-    add_data_options(parser)
-    add("--out", required=True, help="the page (.html)")
-    add("--limit", type=within(1), default=100, help="records shown (default 100)")
-    run_command(review, parser.parse_args(argv))
+    run_command(review, parse(Options, __doc__, argv))
 
 
 if __name__ == "__main__":

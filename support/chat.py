@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import sys
 import threading
 from collections import defaultdict
@@ -28,6 +27,8 @@ from support.files import drop_torn_line
 from support.images import open_image
 from support.text import Text
 
+# What newer models do not take, and what they take instead.
+NEWER = {"max_tokens": "max_completion_tokens", "temperature": None}
 GRACE = 5  # seconds for replies that are under way when a run ends early
 
 
@@ -42,24 +43,32 @@ def image_url(image, max_side=1024):
 
 def chat_message(prompt, image=None, max_side=1024):
     """A request's messages: the prompt, after the image (as `open_image` takes it) if any."""
-    content = [{"type": "text", "text": prompt}]
+    content = prompt
     if image is not None:
         url = image_url(open_image(image), max_side)
-        content.insert(0, {"type": "image_url", "image_url": {"url": url}})
+        picture = {"type": "image_url", "image_url": {"url": url}}
+        content = [picture, {"type": "text", "text": prompt}]
     return [{"role": "user", "content": content}]
 
 
 def ask_in_order(requests, log, give_up=0, **options):
-    """As `ask_all`: the texts alone, in the order of the requests. Up to give_up requests without
+    """{id: text} as of `ask_all`, in the order of the requests. Up to give_up requests without
     a usable reply are "", more raise UserError; the replies of the others are in the log then."""
-    texts = dict(ask_all(requests, log, **options))
-    failed = list(texts.values()).count(None)
+    entries = dict(ask_all(requests, log, **options))
+    failed = sum("reason" in entry for entry in entries.values())
     if failed > give_up:
         raise UserError(
             f"{failed} requests got no usable reply; the same command asks them again, and with "
             f"--give-up {failed} goes on without"
         )
-    return [texts[id] or "" for id, _ in requests]
+    return {id: text_of(entries[id]) for id, _, _ in requests}
+
+
+def text_of(entry):
+    """The reply in an entry of the log; "" where there is no usable one."""
+    if "reason" in entry:
+        return ""
+    return Text(entry["text"], cut=entry.get("finish") == "length")
 
 
 def ask_all(
@@ -74,22 +83,24 @@ def ask_all(
     check=str,
     desc="",
     tries=3,
+    max_side=1024,
     key_env="OPENAI_API_KEY",
     **sampling,
 ):
-    """Ask a chat model many things; yields (id, text) in completion order, (id, None) if in vain.
+    """Ask a chat model many things; yields (id, entry of the log) in completion order. An entry has
+    a text or, if it was in vain, a reason.
 
-    requests: iterable of (id, messages), read no faster than it is answered. `messages` may also be
-        a function that returns them, called when it has to be asked (images are encoded late); then
-        the id alone has to tell such requests apart.
+    requests: list of (id, prompt, image or None). An image is opened when it has to be sent; those
+        of requests with one id and prompt are taken for the same.
     log: JSONL file to which every raw reply is appended and synced before it is yielded. A request
-        (same id, messages, model and sampling) whose reply is there is not asked again.
+        (same id, prompt, model and sampling) whose reply is there is not asked again.
     check: function of the text that raises ValueError for a malformed reply. That reply goes to the
         log with the reason, and the request is repeated, `tries` times in all.
     timeout: seconds from a request to the last byte of its reply.
     retries: of the openai client, after 408, 409, 429, 5xx, a time-out or a broken connection, in
         0.5 to 8 seconds or when the server's Retry-After says. What then still has no reply, or met
-        another 4xx, is logged with the reason, yielded as None, and asked again by the next run.
+        another 4xx, is logged with the reason, and asked again by the next run.
+    max_side: pixels of an image's longer side, as it is sent.
     key_env: environment variable of the key (if unset, OPENAI_API_KEY), sent to the server alone.
     sampling: temperature, max_tokens, ... in the server's words.
     Raises UserError when going on is pointless (key or model refused, server gone for good).
@@ -100,7 +111,6 @@ def ask_all(
     from support import http
 
     key = http.key_for(base_url, key_env)
-    size = len(requests) if hasattr(requests, "__len__") else None
     client = openai.AsyncOpenAI(
         base_url=base_url,
         api_key=key,
@@ -108,18 +118,12 @@ def ask_all(
         max_retries=retries,
         http_client=http.new_client(base_url, timeout),
     )
-    failed, in_a_row = 0, 0
-    with ReplyLog(log, http.secrets_of(base_url, key)) as kept, event_loop(client) as (run, tasks):
-        asker = Asker(client, kept, check, tries, {"model": model, **sampling})
-        bar = tqdm(answers(run, tasks, asker.ask, requests, concurrency), desc, size)
-        for id, entry in bar:
-            text = None
-            if "reason" in entry:
-                failed += 1
-            else:
-                text = Text(entry["text"], cut=entry.get("finish") == "length")
-            bar.set_postfix_str(f"{failed} failed")
-            yield id, text
+    in_a_row = 0
+    with ReplyLog(log, http.forms_of(key)) as kept, event_loop(client) as (run, tasks):
+        asker = Asker(client, kept, check, tries, max_side, {"model": model, **sampling})
+        size = len(requests)
+        for id, entry in tqdm(answers(run, tasks, asker.ask, requests, concurrency), desc, size):
+            yield id, entry
             in_a_row = in_a_row + 1 if entry["text"] is None else 0
             if in_a_row > 0 and in_a_row in (size, max(5, concurrency)):
                 raise UserError(
@@ -133,7 +137,8 @@ def event_loop(client):
     """(a function that starts a coroutine, the set of what it started). The loop is in a thread of
     its own, since a notebook has one already. When it ends, replies that are under way have GRACE
     seconds to come."""
-    loop, tasks = asyncio.new_event_loop(), set()
+    loop = asyncio.new_event_loop()
+    tasks = set()
     threading.Thread(target=loop.run_forever, daemon=True).start()
 
     def start(coroutine):
@@ -172,23 +177,20 @@ class Asker:
     log: "ReplyLog"
     check: object  # raises ValueError for a malformed text
     tries: int
+    max_side: int  # px
     body: dict  # model and sampling, as asked for
 
     def __post_init__(self):
         self.sent = dict(self.body)  # as this server takes them
-        self.takes_system = True  # else its message is sent as the user's
-        self.adapted = []  # what was changed, in words
 
     async def ask(self, request):
         """(id, the log's last entry for this request)."""
-        id, messages = request
-        late = callable(messages)
-        name = digest(id, self.body, late or messages)
+        id, prompt, image = request
+        name = digest(id, self.body, prompt)
         past = self.log.entries[name]  # append() adds to it
         if past and "reason" not in past[-1]:
             return id, past[-1]
-        if late:
-            messages = await asyncio.to_thread(messages)
+        messages = await asyncio.to_thread(chat_message, prompt, image, self.max_side)
         for _ in range(self.tries):
             entry = {"id": id, "request": name, "model": self.body["model"], "text": ""}
             await self.ask_once(messages, entry)
@@ -203,12 +205,9 @@ class Asker:
 
         from support import http
 
-        before = len(self.adapted)
-        turns = [dict(turn) for turn in messages]
-        if not self.takes_system:
-            turns[0]["role"] = "user"
+        entry["sent"] = sent = dict(self.sent)
         try:
-            reply = await self.client.chat.completions.create(messages=turns, **self.sent)
+            reply = await self.client.chat.completions.create(messages=messages, **sent)
             entry["text"] = content_of(reply, entry)
             self.check(entry["text"])
         except openai.AuthenticationError:  # what servers say here may show a part of the key
@@ -216,32 +215,23 @@ class Asker:
             raise UserError(f"{url} refuses the key in the environment") from None
         except openai.APIError as error:
             if isinstance(error, openai.BadRequestError):
-                self.adapt(error.message, turns)
-            if len(self.adapted) > before:
+                self.adapt(error.message)
+            if self.sent != sent:
                 return await self.ask_once(messages, entry)
             entry["text"] = None
             entry["reason"] = " ".join(f"{error.message} {error.__cause__ or ''}".split())[:300]
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             entry["reason"] = f"malformed reply: {error}"
-        if self.adapted:
-            entry["adapted"] = self.adapted
 
-    def adapt(self, message, turns):
-        """Each thing once, as the server's error says: newer models take no temperature and another
-        max_tokens, some templates no system message."""
-        if "max_completion_tokens" in message and "max_tokens" in self.sent:
-            self.sent["max_completion_tokens"] = self.sent.pop("max_tokens")
-            change = "max_tokens is sent as max_completion_tokens"
-        elif "temperature" in message and "temperature" in self.sent:
-            del self.sent["temperature"]
-            change = "no temperature is sent: the server's own is used"
-        elif re.search("system|user|role", message.lower()) and turns[0]["role"] == "system":
-            self.takes_system = False
-            change = "the system message is sent as the user's"
-        else:
-            return
-        self.adapted.append(change)
-        tqdm.write(f"note: as the server wants it, {change}", file=sys.stderr)
+    def adapt(self, message):
+        """Send no more what the server's error names."""
+        for name, instead in NEWER.items():
+            if name in message and name in self.sent:
+                value = self.sent.pop(name)
+                if instead:
+                    self.sent[instead] = value
+                text = f"note: the server takes no {name}, and gets {instead or 'none'}"
+                tqdm.write(text, file=sys.stderr)
 
 
 def content_of(reply, entry):
@@ -252,7 +242,8 @@ def content_of(reply, entry):
     if not reply.choices:
         raise ValueError(f"no answer in it: {reply!s:.300}")
     choice = reply.choices[0]
-    entry["finish"], text = choice.finish_reason, choice.message.content
+    entry["finish"] = choice.finish_reason
+    text = choice.message.content
     is_text = isinstance(text, str) and text.strip()
     if not is_text or choice.message.refusal or choice.finish_reason == "content_filter":
         raise ValueError(f"no answer in it: {choice!s:.300}")
@@ -269,7 +260,8 @@ class ReplyLog:
     run while it is open; `secrets`, which a server may echo, do not come into it."""
 
     def __init__(self, path, secrets=()):
-        self.entries, self.secrets = defaultdict(list), secrets
+        self.entries = defaultdict(list)
+        self.secrets = secrets
         self.file = open(path, "ab")
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -23,7 +23,8 @@ class RunFolder:
     """The folder of a run, which it holds the lock of."""
 
     def __init__(self, path, resume):
-        self.path, self.metrics = Path(path), Path(path, "metrics.jsonl")
+        self.path = Path(path)
+        self.metrics = Path(path, "metrics.jsonl")
         self.hashes, self.hashed_steps = {}, 0  # {record number: hash} of the first steps' records
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = lock(self.path)

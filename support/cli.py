@@ -58,29 +58,39 @@ def flag_of(name):
     return "--" + name.replace("_", "-")
 
 
-def parse(options_class, description, argv, notes, **defaults):
+NEEDED = "needed"  # the default of an option that has to be given
+
+
+def parse(options_class, description, argv, notes=(), **defaults):
     """The command line as an instance of a dataclass.
 
-    A field `batch_size: int` is --batch-size N, a bool is a switch, a Literal has choices; its help
-    is its line in the class's docstring. Inherited fields, with a help of their own, are shown in a
-    group of their own. notes: {field: text} beside the help.
+    A field `batch_size: int` is --batch-size N, a bool is a switch, a Literal has choices, and a
+    field without a default is no option but an argument (a list: any number of them). A field's
+    help is its own or its line in the docstring of a class. notes: {field: text} beside the help.
     """
     parser = new_parser(description)
-    own = parser.add_argument_group("run")
-    inherited = parser.add_argument_group("loss", "without them, the objective's own")
-    help_of = dict(re.findall(r"(?m)^    (\w+) {2,}(.+)$", options_class.__doc__))
-    for field in dataclasses.fields(options_class):
-        group = own if field.name in options_class.__annotations__ else inherited
-        flag, text = flag_of(field.name), field.metadata.get("help") or help_of[field.name]
-        if field.type is bool:
-            group.add_argument(flag, action="store_true", help=text)
-            continue
-        note = notes.get(field.name, field.default)
-        if note is not None:
-            text = f"{text} ({note})"
+    help_of = {}
+    for owner in options_class.__mro__:
+        help_of |= re.findall(r"(?m)^    (\w+) {2,}(.+)$", owner.__doc__)
+    fields = dataclasses.fields(options_class)
+    for field in sorted(fields, key=lambda field: "help" in field.metadata):  # those come last
+        text = field.metadata.get("help") or help_of[field.name]
         choices = typing.get_args(field.type) or None
         kind = str if choices else field.type
-        group.add_argument(flag, type=kind, default=field.default, choices=choices, help=text)
+        flag = flag_of(field.name)
+        default = field.default
+        if default is dataclasses.MISSING:
+            number = "*" if kind is list else None
+            parser.add_argument(field.name, nargs=number, choices=choices, help=text)
+        elif kind is bool:
+            parser.add_argument(flag, action="store_true", help=text)
+        else:
+            note = dict(notes).get(field.name, default)
+            needed = default is NEEDED
+            if note is not None:
+                text = f"{text} ({note})"
+            given = {"type": kind, "default": default, "choices": choices, "required": needed}
+            parser.add_argument(flag, **given, help=text)
     parser.set_defaults(**defaults)
     return options_class(**vars(parser.parse_args(argv)))
 

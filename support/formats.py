@@ -93,10 +93,12 @@ def normalise(raw, needed=("image", "prompt", "chosen")):
 
 def split_conversations(found):
     """Where there is no prompt, it stands at the beginning of chosen, and of rejected."""
-    chosen, rejected = found.get("chosen"), found.get("rejected")
+    chosen = found.get("chosen")
+    rejected = found.get("rejected")
     if found.get("prompt") is not None or not isinstance(chosen, list):
         return
-    found["prompt"], found["chosen"] = chosen[:-1], chosen[-1:]
+    found["prompt"] = chosen[:-1]
+    found["chosen"] = chosen[-1:]
     if isinstance(rejected, list) and len(rejected) > 1:
         if rejected[:-1] != chosen[:-1]:
             raise ValueError("chosen and rejected answer different questions")

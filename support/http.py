@@ -8,7 +8,7 @@ time from the request to the last byte of its reply.
 import asyncio
 import ipaddress
 import os
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, urlsplit
 
 import httpx2
 
@@ -58,8 +58,9 @@ def key_for(url, name):
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(f"{shown(url)}: not a server's address; write it as http://host:port/v1")
-    has_secret = key != "none" or parts.password is not None
-    if parts.scheme == "http" and has_secret and is_public(parts.hostname):
+    if parts.username is not None:
+        raise UserError(f"{shown(url)}: a password in the address; put a key into {variable}")
+    if parts.scheme == "http" and key != "none" and is_public(parts.hostname):
         raise UserError(
             f"{shown(url)}: over http the key could be read on the way; use https, or unset "
             f"{variable} if the server needs none"
@@ -82,10 +83,6 @@ def shown(url):
     return parts._replace(netloc=host, query="", fragment="").geturl()
 
 
-def secrets_of(url, key):
-    """The key and the address's password, as they are and as an address has them."""
-    forms, password = set(), urlsplit(url).password or ""
-    for secret in (key, password, unquote(password)):
-        if len(secret) > 5:  # shorter ones, as "none" and "EMPTY", are no secrets
-            forms |= {secret, quote(secret, safe="")}
-    return forms
+def forms_of(key):
+    """A key as it is and as an address has it; "none" and "EMPTY" are no secrets."""
+    return {key, quote(key, safe="")} if len(key) > 5 else set()

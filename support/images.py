@@ -2,7 +2,6 @@
 that are made from an image itself. No file here knows what a model is."""
 
 import base64
-import functools
 import hashlib
 import io
 import os
@@ -17,9 +16,12 @@ from support.cli import Unreadable, UserError
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # a long text chunk is no reason to refuse a picture
 BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
 FULL_SCALES = (1, 255, 1023, 4095, 16383, 65535)  # white of float, 8, 10, 12, 14 and 16 bits
-FORMATS = "PNG JPEG MPO WEBP GIF BMP TIFF PPM JPEG2000 AVIF TGA ICO".split()
+Image.init()
+FORMATS = [name for name in Image.OPEN if name != "EPS"]  # reading one would start Ghostscript
 LONGEST = 200  # times the shorter side: processors scale that one up, whatever becomes of the other
-CROP, CROP_LARGE = (0.01, 0.2), (0.2, 0.5)  # share of the area that a crop keeps (mDPO Table 3)
+# Shares of the area that a crop keeps (mDPO Table 3).
+CROP = (0.01, 0.2)
+CROP_LARGE = (0.2, 0.5)
 
 
 def need_inside(path, root, allow_outside):
@@ -58,19 +60,12 @@ def open_image(source, root=".", allow_outside=True):
     if source.startswith(b"version https://git-lfs"):
         raise UserError(f"{name}: a Git LFS pointer, not the image: run `git lfs pull`")
     try:
-        with Image.open(io.BytesIO(source), formats=formats()) as image:
+        with Image.open(io.BytesIO(source), formats=FORMATS) as image:
             if max(image.size) > LONGEST * min(image.size):
                 raise ValueError(f"{image.width} x {image.height} pixels, too long and thin")
             return to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # PIL's readers raise many kinds
         raise UserError(f"{name}: not a readable image: {str(error):.200}") from error
-
-
-@functools.cache
-def formats():
-    """Those of FORMATS that this Pillow can read. No EPS: reading one would start Ghostscript."""
-    Image.init()
-    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def contents_of(path, file, root, allow_outside):
@@ -115,7 +110,8 @@ def to_rgb(image):
         full = next((full for full in FULL_SCALES if top <= full), top)
         if image.mode.startswith("I") and top <= 1:
             full = 255  # an integer picture that is nearly black, not a float one
-        return Image.fromarray(np.uint8((values.clip(0) * 255 / full).round())).convert("RGB")
+        pixels = values.clip(0) * 255 / full
+        return Image.fromarray(np.uint8(pixels.round())).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -125,20 +121,25 @@ def to_rgb(image):
 
 def crop(image, rng, keep=CROP):
     """A random crop that keeps a share of the area drawn from `keep`; same aspect within 4:3."""
-    share, aspect = rng.uniform(*keep), rng.uniform(3 / 4, 4 / 3)
-    w = max(1, min(image.width, round(image.width * (share * aspect) ** 0.5)))
-    h = max(1, min(image.height, round(image.width * image.height * share / w)))
-    x, y = rng.randint(0, image.width - w), rng.randint(0, image.height - h)
-    return image.crop((x, y, x + w, y + h))
+    share = rng.uniform(*keep)
+    aspect = rng.uniform(3 / 4, 4 / 3)
+    width = round(image.width * (share * aspect) ** 0.5)
+    width = max(1, min(image.width, width))
+    height = round(image.width * image.height * share / width)
+    height = max(1, min(image.height, height))
+    x = rng.randint(0, image.width - width)
+    y = rng.randint(0, image.height - height)
+    return image.crop((x, y, x + width, y + height))
 
 
 def noise(image, rng, step=500):
     """Forward diffusion, sqrt(a) x + sqrt(1 - a) e: `step` steps of DDPM's 1000-step schedule."""
     a = np.prod(1 - np.linspace(1e-4, 0.02, 1000)[:step])
-    x = np.asarray(image) / 127.5 - 1
-    e = np.random.default_rng(rng.getrandbits(64)).standard_normal((image.height, image.width, 3))
+    x = np.asarray(image) / 127.5 - 1  # (H, W, 3)
+    e = np.random.default_rng(rng.getrandbits(64)).standard_normal(x.shape)
     noisy = a**0.5 * x + (1 - a) ** 0.5 * e
-    return Image.fromarray(np.uint8(((noisy + 1) * 127.5).round().clip(0, 255)))
+    pixels = (noisy + 1) * 127.5
+    return Image.fromarray(np.uint8(pixels.round().clip(0, 255)))
 
 
 def moco(image, rng):
@@ -154,7 +155,8 @@ def moco(image, rng):
     if rng.random() < 0.2:
         image = image.convert("L").convert("RGB")
     if rng.random() < 0.5:  # meant for 224 px
-        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2) * min(image.size) / 224))
+        radius = rng.uniform(0.1, 2) * min(image.size) / 224
+        image = image.filter(ImageFilter.GaussianBlur(radius))
     if rng.random() < 0.5:
         image = ImageOps.mirror(image)
     return image

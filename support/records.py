@@ -1,11 +1,10 @@
-"""Files of records: JSON lines, a JSON list, Parquet, Arrow, CSV; one file, a folder, or a glob.
+"""Files of records: JSON lines, a JSON list, Parquet; one file, a folder, or a glob.
 
 Every kind gives its records by number, in one order, and keeps little of them in memory. What we do
 not read is named for what it is, with the way on.
 """
 
 import contextlib
-import csv
 import glob
 import hashlib
 import json
@@ -13,6 +12,7 @@ import os
 import re
 from array import array
 from bisect import bisect_right
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
@@ -20,8 +20,6 @@ from support.cli import Unreadable, UserError
 from support.formats import FIELDS, IMAGES, LAYOUTS, normalise
 from support.images import decoded, need_inside, open_image, pixel_hash
 
-SUFFIXES = ".jsonl .json .parquet .arrow .csv .tsv".split()
-BETWEEN = {".csv": ",", ".tsv": "\t"}  # the cells of a row
 PICTURES = tuple(".jpg .jpeg .png .webp .bmp .gif .tif .tiff".split())
 NO_RECORDS = ("dataset_info.json", "dataset_dict.json", "state.json")  # beside Arrow files
 NOT_READ = {  # how a file begins: what it is, and the way on
@@ -31,6 +29,13 @@ NOT_READ = {  # how a file begins: what it is, and the way on
     b"PK": "a zip archive: unpack it with `unzip`",
     (b"\xff\xfe", b"\xfe\xff"): "UTF-16 text: convert it with `iconv -f UTF-16 -t UTF-8`",
 }
+TABLE = "a table of text: pandas.read_csv(FILE, sep=...).to_json(OUT, orient='records', lines=True)"
+NOT_READ_BY_SUFFIX = {
+    ".csv": TABLE,
+    ".tsv": TABLE,
+    ".arrow": "an Arrow file: datasets.load_from_disk(FOLDER).to_parquet(OUT) makes it Parquet",
+}
+SUFFIXES = (".jsonl", ".json", ".parquet", *NOT_READ_BY_SUFFIX)
 NOT_UTF8 = "the file is not UTF-8: convert it, perhaps with `iconv -f LATIN1 -t UTF-8`"
 
 # --- one file ------------------------------------------------------------------------------------
@@ -40,7 +45,9 @@ class Listed:
     """Records that are read at once, and held in a list."""
 
     def __init__(self, path, kind, found):
-        self.path, self.kind, self.found = path, kind, found
+        self.path = path
+        self.kind = kind
+        self.found = found
 
     def __len__(self):
         return len(self.found)
@@ -84,16 +91,6 @@ def json_list(path):
         ) from error
 
 
-def table_of_text(path, between):
-    """The rows of a CSV or TSV file; an empty cell is none."""
-    csv.field_size_limit(2**27)
-    rows = []
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        for row in csv.DictReader(file, restkey="cells without a name", delimiter=between):
-            rows.append({name: value for name, value in row.items() if value})
-    return Listed(path, "row", rows)
-
-
 def pictures(path):
     """A folder's pictures: records that have nothing but an image."""
     names = [name for name in sorted(os.listdir(path)) if name.lower().endswith(PICTURES)]
@@ -118,24 +115,9 @@ class Parquet(Listed):
     def read(self, i):
         group = bisect_right(self.starts, i) - 1
         if self.loaded != group:
-            self.loaded, self.table = group, self.found.read_row_group(group)
+            self.loaded = group
+            self.table = self.found.read_row_group(group)
         return self.table.slice(i - self.starts[group], 1).to_pylist()[0]
-
-
-class Arrow(Listed):
-    """The rows of an Arrow file, which is mapped from the disk."""
-
-    def __init__(self, path):
-        import pyarrow
-
-        file = pyarrow.memory_map(str(path))
-        is_file = file.read(6) == b"ARROW1"  # else a stream, as `save_to_disk` writes it
-        file.seek(0)
-        reader = pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream
-        super().__init__(path, "row", reader(file).read_all())
-
-    def read(self, i):
-        return self.found.slice(i, 1).to_pylist()[0]
 
 
 def open_file(path):
@@ -150,10 +132,8 @@ def open_file(path):
     suffix = Path(path).suffix.lower()
     if head.startswith(b"PAR1") or suffix == ".parquet":
         return Parquet(path)
-    if suffix == ".arrow":
-        return Arrow(path)
-    if suffix in BETWEEN:
-        return table_of_text(path, BETWEEN[suffix])
+    if suffix in NOT_READ_BY_SUFFIX:
+        raise UserError(f"{path}: {NOT_READ_BY_SUFFIX[suffix]}")
     if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
         return json_list(path)
     lines = JsonLines(path)
@@ -218,13 +198,20 @@ def field_names(text):
     return names
 
 
-def add_data_options(parser, what="record file, folder of them, or quoted glob (docs/data.md)"):
-    """What every command that reads records has."""
-    add = parser.add_argument
-    add("data", help=what)
-    add("--image-root", help="folder where image paths start, if not the data file's")
-    add("--fields", help="names in the file: prompt=instruction,chosen=good,image=img_path")
-    add("--allow-outside", action="store_true", help="permit image paths out of that folder")
+@dataclass
+class DataOptions:
+    """What every command that reads records has.
+
+    data                record file, folder of them or of images, or quoted glob (docs/data.md)
+    image_root          folder where image paths start, if not the data file's
+    fields              names in the file: prompt=instruction,chosen=good,image=img_path
+    allow_outside       permit image paths out of that folder
+    """
+
+    data: str
+    image_root: str = None
+    fields: str = None
+    allow_outside: bool = False
 
 
 @contextlib.contextmanager
@@ -252,7 +239,9 @@ class Records:
     """
 
     def __init__(self, path, image_root=None, fields=None, needed=("image", "prompt", "chosen")):
-        self.names, self.needed, self.files = field_names(fields), needed, []
+        self.names = field_names(fields)
+        self.needed = needed
+        self.files = []
         for file in files_of(path, pictures_will_do=self.needed == ("image",)):
             with named(file, "record file"):
                 opened = open_file(file)
@@ -276,6 +265,9 @@ class Records:
         file, k = self.place(i)
         return file.source(k)
 
+    def root(self, i):
+        return self.place(i)[0].root
+
     def raw(self, i):
         """Record i as it stands in the file, under our names where --fields gives them."""
         file, k = self.place(i)
@@ -297,12 +289,13 @@ class Records:
         return hashlib.blake2b(raw.encode("utf-8", "replace"), digest_size=8).hexdigest()
 
     def __getitem__(self, i):
-        raw, source = self.raw(i), self.source(i)
+        raw = self.raw(i)
+        source = self.source(i)
         try:
             record = normalise(raw, self.needed)
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise UserError(f"{source}: {error}") from error
-        return {**record, "source": source, "root": self.place(i)[0].root}
+        return {**record, "source": source, "root": self.root(i)}
 
 
 # --- records whose images are files --------------------------------------------------------------
@@ -311,7 +304,8 @@ class Records:
 def with_files(records, i, folder, allow_outside):
     """(the fields of record i, {image field: its path}); an image that stands in the data itself is
     written into the folder."""
-    record, files = records[i], {}
+    record = records[i]
+    files = {}
     fields = {name: record[name] for name in FIELDS if name in record}
     for name, value in records.raw(i).items():
         if name not in LAYOUTS and not isinstance(value, (bytes, dict)):
@@ -326,12 +320,6 @@ def with_files(records, i, folder, allow_outside):
         if files[name].parent == Path(folder):
             fields[name] = files[name].name
     return fields, files
-
-
-def folders_of(record):
-    """Where a record's images are, if they are files."""
-    images = [record[name] for name in IMAGES if isinstance(record.get(name), str)]
-    return {os.path.dirname(record["root"] / image) for image in images if len(image) < 1000}
 
 
 def need_other(out, records):

@@ -12,7 +12,8 @@ class StopRequest:
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __enter__(self):
-        self.received, self.before = False, {}
+        self.received = False
+        self.before = {}
         for number in self.SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                 self.before[number] = signal.signal(number, self._note)

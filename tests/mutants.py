@@ -170,7 +170,7 @@ MUTANTS = [
     Mutant(
         "no key goes to a public host in the clear",
         "support/http.py",
-        'if parts.scheme == "http" and has_secret and',
+        'if parts.scheme == "http" and key != "none" and',
         "if False and",
         "tests/faults/test_servers.py -k in_the_clear",
     ),

@@ -47,7 +47,7 @@ def test_build_makes_records_that_training_takes(serve, pairs, llava, capfd):
     assert len(bodies) == len(models)
     everything = "".join(capfd.readouterr())
     everything += "".join(p.read_text(errors="replace") for p in folder.rglob("*") if p.is_file())
-    assert "word overlap" in everything and KEY not in everything
+    assert "3 records" in everything and KEY not in everything
 
 
 def test_images_outside_the_data_folder_are_not_sent(serve, pairs, capfd):
@@ -74,7 +74,7 @@ def test_malformed_replies_end_in_the_rejected_file_with_their_text(serve, pairs
     }
 
     def script(body, attempt):
-        text = body["messages"][0]["content"][-1]["text"]
+        text = str(body["messages"][0]["content"])
         for colour, reply in wrong.items():
             if text.startswith("Below are") and f"plain {colour}" in text:
                 return reply
@@ -90,7 +90,7 @@ def test_malformed_replies_end_in_the_rejected_file_with_their_text(serve, pairs
         "'inconsistent' is missing, empty" in bad[1]["reason"],
         "'consistent'" in bad[2]["reason"],
     ] == [True] * 3
-    asked = [b for b in bodies if "Below are" in b["messages"][0]["content"][-1]["text"]]
+    asked = [b for b in bodies if "Below are" in b["messages"][0]["content"]]
     assert len(asked) == 3 * 3
 
 
@@ -177,7 +177,7 @@ def test_local_captioner_and_policy(serve, pairs, llava, monkeypatch):
     monkeypatch.setitem(responses.SAMPLING, "policy", {"temperature": 1.0, "max_tokens": 5})
 
     def script(body, attempt):
-        body["messages"][0]["content"][-1]["text"] += " plain red"
+        body["messages"][0]["content"] += " plain red"
         return oracle(body, attempt)
 
     url, bodies = serve(script)

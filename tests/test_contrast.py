@@ -148,24 +148,14 @@ def test_the_same_seed_gives_the_same_bytes(folder, kind):
 
 
 def test_records_keep_their_fields_and_images_without_a_partner_are_left_out(folder, capsys):
-    records = [{"image": f"{i}.png", "prompt": "é?", "scene": i // 2} for i in range(3)]
+    records = [{"image": f"{i // 2}.png", "prompt": "é?", "scene": i} for i in range(4)]
     (folder / "in.jsonl").write_text("\n".join(map(json.dumps, records)))
-    run(
-        folder / "in.jsonl",
-        "--out",
-        folder / "new/out.jsonl",
-        "--kind",
-        "random",
-        "--group",
-        "scene",
-    )
-    pairs = {r["image"]: r["contrast_image"] for r in lines(folder / "new/out.jsonl")}
-    assert pairs["../0.png"] == pairs["../1.png"] == "../2.png"
-    assert lines(folder / "new/out.jsonl")[0] | records[0] == lines(folder / "new/out.jsonl")[0] | {
-        "image": "0.png"
-    }
+    run(folder / "in.jsonl", "--out", folder / "new/out.jsonl", "--kind", "random")
+    found = lines(folder / "new/out.jsonl")
+    assert [line["contrast_image"] for line in found] == ["../1.png"] * 2 + ["../0.png"] * 2
+    assert found[0] | records[0] == found[0] | {"image": "0.png"}
     (folder / "in.jsonl").write_text("\n".join(map(json.dumps, records[:2])))
-    run(folder / "in.jsonl", "--out", folder / "out.jsonl", "--kind", "random", "--group", "scene")
+    run(folder / "in.jsonl", "--out", folder / "out.jsonl", "--kind", "random")
     assert lines(folder / "out.jsonl") == [] and "2 left out" in capsys.readouterr().out
 
 
@@ -234,19 +224,6 @@ def test_every_encoder_family_finds_neighbours_and_no_duplicates(folder, encoder
     assert vectors.norm(dim=1).allclose(torch.ones(8))
     near = round(float(vectors[4] @ vectors[int(found["4.png"]["contrast_image"][0])]), 4)
     assert near == pytest.approx(found["4.png"]["similarity"], abs=1e-4)
-    floor = sorted(r["similarity"] for r in found.values())[5]
-    run(
-        folder,
-        "--out",
-        folder / "out.jsonl",
-        "--encoder",
-        encoder,
-        "--max-sim",
-        0.999,
-        "--min-sim",
-        floor - 1e-4,
-    )
-    assert len(lines(folder / "out.jsonl")) == sum(r["similarity"] >= floor for r in found.values())
 
 
 def test_embeddings_are_cached_by_content(folder, encoder):
@@ -260,11 +237,6 @@ def test_embeddings_are_cached_by_content(folder, encoder):
     changed, _ = embed(files, encoder, folder / "cache", batch=4)
     assert len(list((folder / "cache").iterdir())) == 3
     assert torch.equal(first[:6], changed[:6]) and not torch.allclose(first[6], changed[6])
-
-
-def test_a_step_outside_the_schedule_is_refused_by_name(folder, capsys):
-    run(folder, "--kind", "noise", "--out", folder / "out.jsonl", "--step", 2000, code=2)
-    assert "--step" in capsys.readouterr().err
 
 
 def test_an_output_without_a_suffix_is_named(folder, tmp_path, capsys):

@@ -672,7 +672,6 @@ def test_run_goes_on_where_it_stopped_and_refuses_other_settings(llava, amber, t
         "answers.jsonl",
         "answers.settings.json",
     ]
-    assert (out / "report.png").stat().st_size > 5000
 
 
 def test_an_adapter_is_a_row_beside_its_base(llava, adapter, amber, tmp_path, capsys):
@@ -701,7 +700,7 @@ def test_an_adapter_is_a_row_beside_its_base(llava, adapter, amber, tmp_path, ca
     assert "- amber, max_new_tokens: ours 5, published 1024" in table
     with pytest.raises(SystemExit):
         run(*command, "--adapter", tmp_path)
-    assert "the adapter cannot be loaded" in capsys.readouterr().err
+    assert "no PEFT folder (it has no adapter_config.json)" in capsys.readouterr().err
 
 
 def test_resuming_without_a_progress_bar(loaded, amber, monkeypatch):
@@ -863,7 +862,7 @@ def test_judging_stores_replies_first_and_resumes(serve, objhal, tmp_path, capsy
 
     def script(body, attempt):
         text = body["messages"][0]["content"]
-        assert body["messages"][0]["role"] == "system" and "Describe." in text
+        assert body["messages"][0]["role"] == "user" and "Describe." in text
         if "cat" in text:
             return '["cat", "laptop"]'
         return "I see dogs" if broken["yes"] else '["dogs", "dining table"]'
@@ -1046,15 +1045,11 @@ def test_judgements_that_nobody_can_read_are_counted_and_never_all_scored():
         score("hallusionbench", rows, ".", ["hm", "hm"])
 
 
-def test_hallusionbench_image_questions_alone():
-    """Without VS's questions of figure 0 there is no qAcc, and the row says why."""
-    rows = [hallusion(0, 0, "yes"), hallusion(1, 0, "no", "0")]
-    rows += [hallusion(1, 0, "yes", category="VS"), hallusion(2, 0, "no", category="VS")]
-    found = score("hallusionbench", rows, ".")
-    assert found["metrics"] == {"fAcc": 75.0, "aAcc": 75.0}
-    assert "image questions alone" in found["reading"]
+def test_hallusionbench_image_questions_alone_are_refused():
+    """VS's questions of figure 0 have no image, and what the others are compared with is theirs."""
+    rows = [hallusion(0, 0, "yes"), hallusion(1, 0, "yes", category="VS")]
     with pytest.raises(UserError, match="none like it of figure 0"):
-        score("hallusionbench", rows[1:], ".")
+        score("hallusionbench", rows, ".")
 
 
 def test_give_up_settles_a_few_requests_and_says_so(serve, tmp_path, capsys):

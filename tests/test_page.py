@@ -107,6 +107,18 @@ def test_yes_and_no_are_marked_as_amber_reads_them(tmp_path):
     assert "read as\n<q>no.</q>; the truth is" in body
 
 
+def test_amber_is_shown_in_whatever_order_it_was_answered(tmp_path):
+    asked = tiny_amber("a")[-20:]
+    answers = [{"id": row["id"], "response": f"it is {row['id']}"} for row in asked]
+    files = []
+    for name, order in (("ours", 1), ("official", -1)):
+        files.append(write_lines(tmp_path / f"{name}.jsonl", answers[::order]))
+    _, body = page_of(tmp_path, *files)
+    texts = re.findall(r'<div class="text">(.*?)</div>', body, re.S)
+    said = [html.unescape(re.sub("<[^>]*>", "", text)).strip() for text in texts]
+    assert len(said) == 40 and said[::2] == said[1::2]
+
+
 def objhal(folder):
     image = base64.b64encode(picture()).decode()
     rows = []
@@ -274,16 +286,19 @@ def test_a_part_of_a_benchmark_that_has_no_metrics_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize(
     "lines, message",
     [
-        ([0, 1, 3], "a.jsonl: line 3: not the answer to question 3"),
-        ([0, 1], "a.jsonl: line 3: not the answer to question 3"),
-        ([0, 1, 2, 3], "a.jsonl: line 4: not the answer to question 4"),
-        ([1, 0, 2], "a.jsonl: line 1: not the answer"),
+        (
+            [0, 1, 3],
+            "a.jsonl: line 3 (by id, if answers have one): not the answer to",
+        ),
+        ([0, 1], "a.jsonl: line 3"),
+        ([0, 1, 2, 3], "a.jsonl: line 4"),
+        ([1, 1, 2], "a.jsonl: line 1"),
         ([], "a.jsonl: no answers"),
         (["x"], "a.jsonl: no benchmark has answers like the first one"),
         ([0, "x", 2], "the answers to them, are not as amber has them"),
         ([{"said": "x"}], "a.jsonl: no benchmark has answers like the first one"),
         ([{"response": 7}, 1, 2], "a.jsonl: answer 1: the field response"),
-        ([{"response": "x"}, {}, {}], "a.jsonl: line 2: not the answer"),
+        ([{"response": "x"}, {}, {}], "a.jsonl: line 2"),
     ],
 )
 def test_answers_to_other_questions_are_refused_by_line(tmp_path, capsys, lines, message):

@@ -21,11 +21,14 @@ Where the original code is followed, and where not:
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
+from tqdm import tqdm
 
-from support.cli import UserError, new_parser, run_command
+from support.cli import NEEDED, UserError, parse, run_command
 from support.files import lock, write_json
 from support.settings import need_same
 from vlm.load import named
@@ -41,48 +44,44 @@ def read_json(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-# --- where the weights are ------------------------------------------------------------------------
+# --- weights --------------------------------------------------------------------------------------
 
 
-def weights_in(folder, stem="model"):
-    """{name: file} of a folder with safetensors or .bin files, in one piece or in shards."""
+def tensors_in(folder, stem="model"):
+    """{name: tensor} of a folder with safetensors or .bin files, in one piece or in shards; they
+    stay on the disk until they are used. Pickled code is refused."""
+    from safetensors.torch import load_file
+
     patterns = (f"{stem}*.safetensors", f"pytorch_{stem}*.bin", f"{stem}.bin")
     for pattern in patterns:
-        found = {}
+        tensors = {}
         for file in sorted(Path(folder).glob(pattern)):
-            found |= dict.fromkeys(tensors_in(file), file)
-        if found:
-            return found
+            with named(f"{file}: cannot be read"):
+                if file.suffix == ".bin":
+                    tensors |= torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+                else:
+                    tensors |= load_file(file)
+        if tensors:
+            return tensors
     raise UserError(f"{folder}: no weights in there ({', '.join(patterns)})")
 
 
-def tensors_in(file):
-    """{name: tensor}; what they hold is read when it is used. Pickled code is refused."""
-    from safetensors.torch import load_file
-
-    with named(f"{file}: cannot be read"):
-        if file.suffix == ".bin":
-            return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-        return load_file(file)
-
-
-def places_of(args, config):
-    """{original name: (file, name in it)} of tower, checkpoint, adapter; the last one counts."""
-    places = {}
-    for name, file in weights_in(args.vision_tower).items():
+def original_weights(args, config):
+    """{original name: tensor} of tower, checkpoint, adapter; the last one counts."""
+    weights = {}
+    for name, tensor in tensors_in(args.vision_tower).items():
         if name.startswith("vision_model."):
-            places[TOWER + name] = (file, name)
-    if not places:
+            weights[TOWER + name] = tensor
+    if not weights:
         raise UserError(f"{args.vision_tower}: no vision_model.* in there, so no CLIP or SigLIP")
     trained = config.get("unfreeze_mm_vision_tower") or config.get("unfreeze_vision_tower")
-    for name, file in weights_in(args.checkpoint).items():
+    for name, tensor in tensors_in(args.checkpoint).items():
         if trained or not name.startswith(TOWER):
-            places[name] = (file, name)
-    beside = Path(args.lora or "", "non_lora_trainables.bin")
-    if args.lora and beside.is_file():
-        for name in tensors_in(beside):
-            places[name.removeprefix("base_model.model.")] = (beside, name)
-    return places
+            weights[name] = tensor
+    if args.lora and Path(args.lora, "non_lora_trainables.bin").is_file():
+        for name, tensor in tensors_in(args.lora, "non_lora_trainables").items():
+            weights[name.removeprefix("base_model.model.")] = tensor
+    return weights
 
 
 def renamed(name):
@@ -101,19 +100,20 @@ def read_lora(folder):
     """({original name: tensor}, scale) of an adapter of PEFT; nothing without a folder."""
     if folder is None:
         return {}, 0.0
-    made, tensors = read_json(Path(folder, "adapter_config.json")), {}
+    made = read_json(Path(folder, "adapter_config.json"))
+    tensors = {}
     for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"):
         if made.get(name):
             raise UserError(f"{folder}: {name} is not understood")
-    for file in sorted(set(weights_in(folder, "adapter_model").values())):
-        for name, tensor in tensors_in(file).items():
-            tensors[name.removeprefix("base_model.model.")] = tensor
+    for name, tensor in tensors_in(folder, "adapter_model").items():
+        tensors[name.removeprefix("base_model.model.")] = tensor
     return tensors, made["lora_alpha"] / made["r"]
 
 
 def with_lora(weight, name, lora):
     """W + scale B A"""
-    (tensors, scale), module = lora, name.removesuffix(".weight")
+    (tensors, scale) = lora
+    module = name.removesuffix(".weight")
     if f"{module}.lora_A.weight" not in tensors:
         return weight
     down = tensors[f"{module}.lora_A.weight"]  # (rank, in)
@@ -204,7 +204,8 @@ def save_processor(args, config, made, tokenizer):
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
     vision = made.vision_config.to_dict()
-    side, siglip = vision["image_size"], is_siglip(vision)
+    side = vision["image_size"]
+    siglip = is_siglip(vision)
     square = {"height": side, "width": side}
     given = read_json(Path(args.vision_tower, "preprocessor_config.json"))
     images = LlavaImageProcessorPil(
@@ -232,17 +233,20 @@ def save_processor(args, config, made, tokenizer):
 
 
 def convert(args):
-    """Write --out: a file of weights for each file that is read, so that a killed conversion goes
-    on, and no more than one file is in memory."""
+    """Write --out in files of 50 weights, one after the other: a killed conversion goes on, and no
+    more than one file is in memory."""
     from transformers import GenerationConfig
 
     config = read_config(args)
     tokenizer, length = tokenizer_of(args, decoder_of(config))
     made = model_config(args, config, length)
-    places = places_of(args, config)
-    shapes = shapes_of(made)
+    weights = original_weights(args, config)
     lora = read_lora(args.lora)
-    need_all(shapes, places, lora[0])
+    for name in lora[0]:
+        if re.sub(r"lora_[AB]\.", "", name) not in weights:
+            raise UserError(f"{name}: the adapter is not for this model")
+    originals = {renamed(name): name for name in weights if renamed(name) is not None}
+    need_fit(made, weights, originals, args.checkpoint)
 
     Path(args.out).mkdir(parents=True, exist_ok=True)
     with lock(args.out):
@@ -252,37 +256,45 @@ def convert(args):
         made.save_pretrained(args.out)
         ends = {name: config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         GenerationConfig(**ends, suppress_tokens=[length]).save_pretrained(args.out)
-        files = sorted({file for file, _ in places.values()})
+        names = sorted(originals)
         index = {}
-        for number, file in enumerate(files, start=1):
-            out = Path(args.out, f"model-{number:05}-of-{len(files):05}.safetensors")
-            inside = {name: own for name, (place, own) in places.items() if place == file}
-            if not out.exists():
-                write_weights(out, converted(file, inside, shapes, lora, made.original_vocabulary))
-            index |= dict.fromkeys(tensors_in(out), out.name)
-            print(f"{number} of {len(files)}: {file} -> {out.name}", flush=True)
+        for number in tqdm(range(0, len(names), 50), desc="converting", unit=" files"):
+            file = Path(args.out, f"model-{number:05}.safetensors")
+            tensors = {}
+            for name in names[number : number + 50]:
+                index[name] = file.name
+                if not file.exists():
+                    original = originals[name]
+                    tensors[name] = converted(original, weights[original], made, lora)
+            if tensors:
+                write_weights(file, tensors)
         contents = {"metadata": {}, "weight_map": index}
         write_json(Path(args.out, "model.safetensors.index.json"), contents)
 
 
-def shapes_of(made):
-    """{name: tensor} of all weights of the model, of which none is made: each has but its shape."""
+def converted(name, tensor, made, lora):
+    """A weight for transformers; name: its original one."""
+    tensor = with_lora(tensor, name, lora)
+    rows = made.original_vocabulary
+    if name in ("model.embed_tokens.weight", "lm_head.weight"):
+        missing = made.text_config.vocab_size - rows  # <image>'s, if there is none to spare
+        tensor = torch.nn.functional.pad(tensor[:rows], (0, 0, 0, missing))  # (tokens, width)
+    return tensor.contiguous()
+
+
+def need_fit(made, weights, originals, checkpoint):
+    """Every weight has its place in the model, every place its weight, of one shape."""
     from transformers import LlavaForConditionalGeneration
 
+    shapes = {}
+    for name, original in originals.items():
+        shapes[name] = converted(original, weights[original].to("meta"), made, ({}, 0.0))
     with torch.device("meta"):
-        return LlavaForConditionalGeneration(made).state_dict()
-
-
-def need_all(shapes, places, adapter):
-    """Every weight of the files has its place in the model, and every place its weight."""
-    for name in adapter:
-        if re.sub(r"lora_[AB]\.", "", name) not in places:
-            raise UserError(f"{name}: the adapter is not for this model")
-    found = {renamed(name) for name in places} - {None}
-    for name in sorted(found - shapes.keys()):
-        raise UserError(f"{name}: config.json has no place for this weight")
-    for name in sorted(shapes.keys() - found):
-        raise UserError(f"{name}: this weight is in none of the files")
+        model = LlavaForConditionalGeneration(made)
+    try:
+        model.load_state_dict(shapes, assign=True)
+    except RuntimeError as error:  # it names them
+        raise UserError(f"{checkpoint}: not what its config.json says: {error}") from error
 
 
 def need_same_conversion(args):
@@ -294,26 +306,6 @@ def need_same_conversion(args):
     write_json(known, given)
 
 
-def converted(file, inside, shapes, lora, rows):
-    """{name: tensor} for transformers, of one file; inside: {original name: name in the file}."""
-    tensors, result = tensors_in(file), {}
-    for original, own in inside.items():
-        name = renamed(original)
-        if name is None:
-            continue
-        tensor = with_lora(tensors[own], original, lora)
-        if original in ("model.embed_tokens.weight", "lm_head.weight"):
-            missing = len(shapes[name]) - rows  # the row for <image>, if there is none to spare
-            tensor = torch.nn.functional.pad(tensor[:rows], (0, 0, 0, missing))  # (tokens, width)
-        shape, wanted = tuple(tensor.shape), tuple(shapes[name].shape)
-        if shape != wanted:
-            raise UserError(
-                f"{file}: {original} is {shape}, and by config.json it would be {wanted}"
-            )
-        result[name] = tensor.contiguous()
-    return result
-
-
 def write_weights(path, tensors):
     from safetensors.torch import save_file
 
@@ -322,17 +314,28 @@ def write_weights(path, tensors):
     part.rename(path)
 
 
+@dataclass
+class Options:
+    """What is typed.
+
+    checkpoint          folder in the original format
+    vision_tower        folder of its CLIP or SigLIP
+    out                 folder to write
+    lora                folder of an adapter in the original format
+    keep_vocabulary     see above
+    conversation        its first sentence; SymMPO and RLAIF-V were trained with llava_v1
+    """
+
+    checkpoint: str
+    vision_tower: str = NEEDED
+    out: str = NEEDED
+    lora: str = None
+    keep_vocabulary: bool = False
+    conversation: Literal["vicuna_v1", "llava_v1"] = "vicuna_v1"
+
+
 def main(argv=None):
-    parser = new_parser(__doc__)
-    parser.add_argument("checkpoint", help="folder in the original format")
-    parser.add_argument("--vision-tower", required=True, help="folder of its CLIP or SigLIP")
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--lora", help="folder of an adapter in the original format")
-    parser.add_argument("--keep-vocabulary", action="store_true", help="see above")
-    systems = read_json(ORIGINAL)["systems"]
-    text = "the prompt's first sentence; SymMPO and RLAIF-V were trained with llava_v1"
-    parser.add_argument("--conversation", choices=systems, default="vicuna_v1", help=text)
-    run_command(convert, parser.parse_args(argv))
+    run_command(convert, parse(Options, __doc__, argv))
 
 
 if __name__ == "__main__":

@@ -15,20 +15,11 @@ noun is lemmatised before it is looked up, as officially: so the scorer never me
 
 from collections import Counter, defaultdict
 
-from benchmarks.common import (
-    HERE,
-    Case,
-    find,
-    need_fields,
-    question_about,
-    read,
-    rows_of,
-)
+from benchmarks.common import HERE, Case, find, need_fields, question_about, read
 from benchmarks.words import noun_reader, similarity
 from support.cli import UserError
 
 ITEMS, ANSWER, JUDGE = 15220, "response", "none"
-TSV = "AMBER*.tsv"  # VLMEvalKit's: the yes/no questions alone
 COLUMNS = {  # of the report: heading -> where it stands in the metrics
     "Acc↑": "discriminative.Accuracy",
     "F1↑": "discriminative.F1",
@@ -43,44 +34,38 @@ PARTS = read(HERE / "amber/parts.json")
 
 
 def questions(folder, settings):
-    notes, asked = notes_of(folder), []
+    notes = notes_of(folder)
+    captions = []
+    yes_no = []
     wanted = set(PARTS["of_dimension"][settings.dimension])
-    rows = rows_of(folder, "query/query_all.json", TSV)
-    for row in rows:
-        if "query" not in row:
-            row = {"id": int(row["index"]), "query": row["question"], "image": row["image"]}
-        if not wanted.isdisjoint(PARTS["of_type"][notes[row["id"]]["type"]]):
-            asked.append(question_about(row, folder, "image", settings, row["query"]))
-
-    def captions_then_images(question):
-        if notes[question.record["id"]]["type"] == "generative":
-            return False, ""  # in the file's order
-        return True, question.image
-
-    return sorted(asked, key=captions_then_images)  # an image's yes/no questions: read together
+    for row in read(find(folder, "query/query_all.json")):
+        kind = notes[row["id"]]["type"]
+        if wanted.isdisjoint(PARTS["of_type"][kind]):
+            continue
+        group = captions if kind == "generative" else yes_no
+        group.append(question_about(row, folder, "image", settings, row["query"]))
+    # An image's yes/no questions are read together.
+    return captions + sorted(yes_no, key=lambda question: question.image)
 
 
 def notes_of(folder):
     """{id: what the annotators say of the question}."""
-    rows = rows_of(folder, "annotations.json", TSV)
-    if "type" in rows[0]:
-        return dict(enumerate(rows, start=1))
-    notes = {}
-    for row in rows:
-        notes[int(row["index"])] = {"type": row["category"], "truth": row["answer"]}
-    return notes
+    return dict(enumerate(read(find(folder, "annotations.json")), start=1))
 
 
 def score(answers, folder, settings):
     """(metrics, how texts were read)."""
     need_fields(answers, {ANSWER: str, "id": int})
-    notes, captions, yes_no = notes_of(folder), None, defaultdict(list)
+    notes = notes_of(folder)
+    captions = None
+    yes_no = defaultdict(list)
     for number, answer in enumerate(answers, start=1):
         if answer["id"] not in notes:
             raise UserError(f"answer {number}: AMBER has no question with the id {answer['id']}")
-        note, text = notes[answer["id"]], answer[ANSWER]
+        note = notes[answer["id"]]
+        text = answer[ANSWER]
         if note["type"] == "generative":
-            if captions is None:  # a TSV has no captions, and no lists of words
+            if captions is None:
                 captions = Captions(folder, settings.similar)
             settings.cases.append(captions.add(text, note))
             continue
@@ -113,7 +98,9 @@ class Captions:
     def __init__(self, folder, similar=None):
         self.relation = read(find(folder, "relation.json"))
         self.safe = find(folder, "safe_words.txt").read_text(encoding="utf-8").split("\n")
-        self.known = {word for name, words in self.relation.items() for word in (name, *words)}
+        self.known = set(self.relation)
+        for words in self.relation.values():
+            self.known.update(words)
         self.tokens, reader = noun_reader(read(HERE / "amber/lemma_table.json"))
         self.alike, judge = similarity(similar)
         self.reading = f"{reader}; similarity: {judge}"
@@ -121,7 +108,9 @@ class Captions:
 
     def add(self, text, note):
         """Count a caption; returns its Case."""
-        covered, invented, words = set(), set(), []
+        covered = set()
+        invented = set()
+        words = []
         for lemma, is_noun, word in self.tokens(text):
             if not is_noun or lemma not in self.known:
                 kind = ""

@@ -39,9 +39,7 @@ class Place(NamedTuple):
 
 def questions(folder, settings):
     asked = []
-    for row in rows_of(folder, "HallusionBench.json", "HallusionBench.tsv", "*.parquet"):
-        if "l2-category" in row:
-            row = row_of_tsv(row)
+    for row in rows_of(folder, "HallusionBench.json", "*.parquet"):
         if str(row["visual_input"]) == "0":
             record = {name: row[name] for name in row if name != "image"}
             asked.append(Question(row["question"], None, record))
@@ -49,21 +47,6 @@ def questions(folder, settings):
             given = row.get("image") or row.get("filename")
             asked.append(question_about(row, folder, "hallusion_bench", settings, given=given))
     return asked
-
-
-def row_of_tsv(row):
-    """VLMEvalKit's row, which has the numbers in its index, as the published one. It leaves out the
-    questions that have no image."""
-    set_id, figure_id, question_id = row["index"].split("_")[-3:]
-    return {
-        **row,
-        "subcategory": row["l2-category"],
-        "visual_input": "1",
-        "set_id": set_id,
-        "figure_id": figure_id,
-        "question_id": question_id,
-        "gt_answer": str(int(row["answer"].lower() == "yes")),
-    }
 
 
 def check_reply(text):
@@ -83,7 +66,8 @@ def is_clear(text):
 def score(answers, folder, settings):
     """(metrics, how texts were read)."""
     need_fields(answers, {ANSWER: str, **dict.fromkeys((*Place._fields, "gt_answer"), (str, int))})
-    judgements, right = settings.judgements, {}
+    judgements = settings.judgements
+    right = {}
     for number, answer in enumerate(answers):
         place = Place(*(str(answer[name]) for name in Place._fields))
         if place in right:
@@ -97,12 +81,10 @@ def score(answers, folder, settings):
             right[place] = judged_right(said, place)
         settings.cases.append(Case(right[place], said, truth))
 
-    # People also publish the 951 questions with an image alone, without a half of VS.
-    is_whole = any(place.without_image() for place in right)
-    by_question, by_figure = defaultdict(list), defaultdict(list)
+    by_question = defaultdict(list)
+    by_figure = defaultdict(list)
     for place, is_right in right.items():
-        needs_original = is_whole or place.category != "VS"
-        if needs_original and place._replace(figure_id="0") not in right:
+        if place._replace(figure_id="0") not in right:
             raise UserError(f"question {'/'.join(place)}: there is none like it of figure 0")
         by_question[place._replace(figure_id="")].append(is_right)
         if not place.without_image():
@@ -114,11 +96,7 @@ def score(answers, folder, settings):
         "fAcc": round(percent(sum(map(all, by_figure.values())), len(by_figure)), 4),
         "aAcc": round(percent(sum(right.values()), len(right)), 4),
     }
-    reading = "no judge: first yes/no" if judgements is None else "judge"
-    if not is_whole and any(place.category == "VS" for place in right):
-        del metrics["qAcc"]
-        reading += "; image questions alone, no qAcc"
-    return metrics, reading
+    return metrics, "no judge: first yes/no" if judgements is None else "judge"
 
 
 def judged_right(reply, place):

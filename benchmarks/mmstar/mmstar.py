@@ -14,19 +14,11 @@ import contextlib
 import re
 from collections import Counter
 
-from benchmarks.common import (
-    HERE,
-    Case,
-    need_fields,
-    percent,
-    question_about,
-    read,
-    rows_of,
-)
+from benchmarks.common import HERE, Case, need_fields, percent, question_about, read, rows_of
 from support.cli import UserError
 
 ITEMS, ANSWER, JUDGE = 1500, "prediction", "none"
-FILES = ("mmstar.json*", "MMStar.tsv", "*.parquet")
+FILES = ("mmstar.json*", "*.parquet")
 COLUMNS = {"Overall↑": "overall"}
 SUFFIX = {  # what is asked behind a question
     "symmpo": "\nAnswer the question directly.",
@@ -50,11 +42,13 @@ def is_clear(text):
 def score(answers, folder, settings):
     """(metrics, how texts were read)."""
     need_fields(answers, {ANSWER: str, "answer": str, "category": str, "l2_category": str})
-    right, count = Counter(), Counter()
+    right = Counter()
+    count = Counter()
     for row in answers:
         parts = parts_of(row)
         count.update(parts)
-        said, truth = letter_in(row[ANSWER], settings.protocol), lowered(row["answer"])
+        said = letter_in(row[ANSWER], settings.protocol)
+        truth = lowered(row["answer"])
         settings.cases.append(Case(said == truth, said, truth))
         if said == truth:
             right.update(parts)

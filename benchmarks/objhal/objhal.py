@@ -43,14 +43,8 @@ def questions(folder, settings):
 # --- the judge ------------------------------------------------------------------------------------
 
 
-def judge_messages(prompt, row):
-    """None for an answer that is too short to list objects: it is [] unasked."""
-    if is_short(row):
-        return None
-    return [{"role": "system", "content": prompt.substitute(row)}]
-
-
-def is_short(row):
+def is_unasked(row):
+    """An answer that is too short to list objects: its judgement is []."""
     return len(without_speaker(row["text"]).split()) <= 3
 
 
@@ -73,13 +67,15 @@ def check_reply(text):
 def score(answers, folder, settings):
     """(metrics, how texts were read)."""
     need_fields(answers, {ANSWER: str, "image_id": (str, int)})
-    names, count = Names(folder), Counter()
+    names = Names(folder)
+    count = Counter()
     truth = true_objects(folder, {int(row["image_id"]) for row in answers}, names)
     reading = f"no judge: caption mode, {names.reading}"
     if settings.judgements is not None:
         reading = f"judge; {names.phrase_reading}"
     for number, row in enumerate(answers):
-        said, words = "", []
+        said = ""
+        words = []
         if settings.judgements is None:
             named = names.in_text(without_speaker(row[ANSWER]))
         else:
@@ -106,7 +102,7 @@ def score(answers, folder, settings):
 
 def listed(row, reply):
     """The phrases that the judge lists for an answer."""
-    if is_short(row):
+    if is_unasked(row):
         return []
     try:
         return json.loads(check_reply(reply))
@@ -152,7 +148,8 @@ class Names:
 
     def merge_doubles(self, tokens):
         """[(one word or two, their name)]: the lemmas, merged from left to right."""
-        merged, i = [], 0
+        merged = []
+        i = 0
         while i < len(tokens):
             double = " ".join(lemma for lemma, _, _ in tokens[i : i + 2])
             size = 2 if double in self.doubles else 1
@@ -163,10 +160,8 @@ class Names:
 
     def names_of_phrase(self, tokens):
         """Of a phrase the two-word names alone or, if it has none, its runs of nouns."""
-        doubles = []
-        for words, name in self.merge_doubles(tokens):
-            if len(words.split()) == 2:
-                doubles.append(name)
+        merged = self.merge_doubles(tokens)
+        doubles = [name for words, name in merged if len(words.split()) == 2]
         if doubles:
             return doubles
         runs = []

@@ -33,25 +33,24 @@ SUFFIX = {"symmpo": "\nAnswer the question using a single word or phrase.", "off
 def questions(folder, settings):
     asked = []
     for row in published_rows(folder):
-        for category in row["category"].split(","):  # a TSV has a question of all three once
-            record = {
-                "question_id": row.get("question_id") or row["index"],
-                "picture": row.get("picture"),
-                "question": row["question"],
-                "label": row["answer"].lower(),
-                "category": category.strip().lower(),
-                "image": row["image"],
-            }
-            prompt = row["question"] + SUFFIX[settings.protocol]
-            asked.append(question_about(record, folder, "val2014", settings, prompt))
+        record = {
+            "question_id": row["question_id"],
+            "picture": row.get("picture"),
+            "question": row["question"],
+            "label": row["answer"].lower(),
+            "category": row["category"].lower(),
+            "image": row["image"],
+        }
+        prompt = row["question"] + SUFFIX[settings.protocol]
+        asked.append(question_about(record, folder, "val2014", settings, prompt))
     return asked
 
 
 def published_rows(folder):
-    """Those of the three files, or of VLMEvalKit's TSV or the hub's parquet, in the latter's words.
-    "picture" is the image's name, by which RePOPE knows a question."""
+    """Those of the three files, or of the hub's parquet, in the latter's words. "picture" is the
+    image's name, by which RePOPE knows a question."""
     if not Path(folder, FIRST).is_file():
-        return rows_of(folder, "POPE*.tsv", "*.parquet", FIRST)
+        return rows_of(folder, "*.parquet", FIRST)
     rows = []
     for category in CATEGORIES:
         for row in read(find(folder, f"coco_pope_{category}.json")):
@@ -85,9 +84,11 @@ def score(answers, folder, settings):
     """(metrics, how texts were read). Precision and F1 of the answer "yes"; 0 where the official
     scorer divides by zero. "mean" is over the categories that were asked."""
     need_fields(answers, dict.fromkeys((ANSWER, "question", "label", "category"), str))
-    corrected, counts = repope(folder), defaultdict(Counter)
+    corrected = repope(folder)
+    counts = defaultdict(Counter)
     for row in answers:
-        said, category = yes_or_no(row[ANSWER]), row["category"]
+        said = yes_or_no(row[ANSWER])
+        category = row["category"]
         settings.cases.append(Case(said == row["label"], said, row["label"]))
         counts[category][said, row["label"]] += 1
         label = corrected.get((category, row.get("picture"), row["question"]))
@@ -104,7 +105,9 @@ def score(answers, folder, settings):
 def rates(count):
     """In percent, from {(said, label): answers}."""
     both = count["yes", "yes"]
-    said, true, n = both + count["yes", "no"], both + count["no", "yes"], count.total()
+    said = both + count["yes", "no"]
+    true = both + count["no", "yes"]
+    n = count.total()
     return {
         "accuracy": percent(both + count["no", "no"], n),
         "precision": percent(both, max(said, 1)),

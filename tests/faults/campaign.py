@@ -482,14 +482,14 @@ def mad_server(w, n=300):
         return trouble(handler) if trouble else "re: " + body["messages"][0]["content"]
 
     url, stop = server(reply)
-    questions = [(f"q{i}", [{"role": "user", "content": f"question {i}"}]) for i in range(n)]
+    questions = [(f"q{i}", f"question {i}", None) for i in range(n)]
     options = dict(base_url=url, model="m", timeout=1, retries=12, tries=8)
     got = dict(ask_all(questions, w.folder / "mad.jsonl", **options))
     asked = sum(tries.values())
     again = dict(ask_all(questions, w.folder / "mad.jsonl", **options))
     stop()
     for i in range(n):
-        good = got[f"q{i}"] == again[f"q{i}"] == f"re: question {i}"
+        good = got[f"q{i}"]["text"] == again[f"q{i}"]["text"] == f"re: question {i}"
         bounded = tries[f"question {i}"] <= 20 and sum(tries.values()) == asked
         yield "" if good and bounded else f"q{i}: {got[f'q{i}']}"
 

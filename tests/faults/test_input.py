@@ -16,7 +16,7 @@ from test_kill import job  # noqa: F401
 import data
 import evaluate
 import train
-from construct import contrast, responses, review
+from construct import responses, review
 from data import records_of_step
 from support.cli import UserError
 from support.images import open_image
@@ -236,7 +236,6 @@ def test_bad_held_out_records_are_found_before_the_first_step(job, capsys):  # n
         (review, "x --out y --limit 1.5"),
         (responses, "x --out y --captioner a --policy b --writer c --writer-url d --concurrency 0"),
         (responses, "x --out y --captioner a --policy b --writer c --writer-url d --timeout inf"),
-        (contrast, "x --out y --step 2000"),
         (data, "check x --max-length 0"),
     ],
 )

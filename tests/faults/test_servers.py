@@ -145,15 +145,13 @@ def test_a_key_is_redacted_as_it_is_and_url_quoted(serve, tmp_path, monkeypatch)
     assert "you sent" in said and "quoted" not in said
 
 
-def test_a_password_in_the_address_is_shown_nowhere(serve, tmp_path, monkeypatch, capsys):
-    monkeypatch.delenv("OPENAI_API_KEY")
-    url, _ = serve(lambda body, attempt: 500)
-    url = url.replace("127", "me:pass%2Fword@127") + "?api-key=hidden-one"
-    with pytest.raises(UserError, match="http://127.0.0.1:") as error:
+def test_a_password_in_the_address_is_refused_unseen(tmp_path):
+    url = "http://me:pass%2Fword@127.0.0.1:9/v1?api-key=hidden-one"
+    with pytest.raises(
+        UserError, match="http://127.0.0.1:9/v1: a password in the address"
+    ) as error:
         ask(questions(1), tmp_path / "log", url, retries=0)
-    said = str(error.value) + (tmp_path / "log").read_text() + "".join(capsys.readouterr())
-    for secret in ("pass%2Fword", "pass/word", "hidden-one"):
-        assert secret not in said
+    assert "word@" not in str(error.value) and "hidden" not in str(error.value)
 
 
 @pytest.mark.parametrize("path", ["{there}/chat/completions", "/v1/elsewhere"])
@@ -293,20 +291,8 @@ def test_a_server_that_refuses_a_parameter_is_adapted_to_once(serve, tmp_path, w
     sampling = {"temperature": 0, "max_tokens": 9}
     got = ask(questions(6), tmp_path / "log", url, concurrency=2, **sampling)
     assert None not in got.values() and len(bodies) <= 6 + 2
-    assert all(word in entry["adapted"][0] for entry in lines(tmp_path / "log"))
+    assert all(word not in entry["sent"] for entry in lines(tmp_path / "log"))
     assert ask(questions(6), tmp_path / "log", url, **sampling) == got and len(bodies) <= 6 + 2
-
-
-def test_a_system_message_becomes_the_users_where_there_must_be_one(serve, tmp_path):
-    def script(body, attempt):
-        if body["messages"][0]["role"] == "system":
-            message = {"error": {"message": "Conversation roles must alternate user/assistant"}}
-            return lambda handler: handler.reply(400, message)
-        return echo(body, attempt)
-
-    url, _ = serve(script)
-    request = [("q", [{"role": "system", "content": "judge this"}])]
-    assert ask(request, tmp_path / "log", url) == {"q": "re: judge this"}
 
 
 # --- the end of a run while replies are under way -------------------------------------------------
