@@ -59,8 +59,9 @@ def ratios(times):
     for name in warm:
         seconds = [t[name] for t in later]
         faster = [t[first] / t[name] for t in later]
-        found = {"seconds": spread(seconds), "ratio": spread(faster)}
-        rows.append({"step": name, "first call": round(warm[name], 3), **found})
+        row = {"step": name, "first call": warm[name]}
+        row |= {"seconds": spread(seconds), "ratio": spread(faster)}
+        rows.append(row)
     return rows
 
 

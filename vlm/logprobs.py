@@ -72,8 +72,8 @@ def logp_table(model, rows, records, packed=True, tokens_per_forward=0):
         cells = []
         for row in group:
             cells += [(*cell, row.record) for cell in row.cells]
-        image, response, record = on_device(cells, device).T
-        table = table.index_put((image, response, record), sums)
+        places = on_device(cells, device).T  # of image, response, record
+        table = table.index_put(tuple(places), sums)
     return table
 
 
@@ -90,11 +90,12 @@ def groups_of(rows, tokens_per_forward):
     """Consecutive rows, as many at a time as fit."""
     group, size = [], 0
     for row in rows:
-        if group and size + row.tokens() > tokens_per_forward:
+        tokens = row.tokens()
+        if group and size + tokens > tokens_per_forward:
             yield group
             group, size = [], 0
         group.append(row)
-        size += row.tokens()
+        size += tokens
     yield group
 
 
@@ -115,7 +116,7 @@ def plain_logps(model, rows):
 
         inputs = {}
         for name, tensor in row.inputs.items():
-            inputs[name] = tensor.repeat(n, *[1] * (tensor.dim() - 1))  # once for each response
+            inputs[name] = torch.cat([tensor] * n)  # once for each response
         behind_the_prompt = {
             "input_ids": responses,
             "attention_mask": real,
@@ -198,13 +199,13 @@ def branch_mask(row_of, branch, dtype=torch.float32):
     """
     if row_of[-1] == 0 and branch[-1] <= 1:
         return None
-    query_row, key_row = row_of[:, None], row_of[None, :]
-    query_branch, key_branch = branch[:, None], branch[None, :]
+    # Row: the query, column: the key.
     place = torch.arange(len(branch), device=branch.device)
-    earlier = place[None, :] <= place[:, None]
-    same_row = query_row == key_row
-    prefix_or_own_response = (key_branch == 0) | (key_branch == query_branch)
-    visible = earlier & same_row & prefix_or_own_response
+    earlier = place <= place[:, None]
+    same_row = row_of == row_of[:, None]
+    own_response = branch == branch[:, None]
+    in_the_prefix = branch == 0
+    visible = earlier & same_row & (in_the_prefix | own_response)  # (tokens, tokens)
     mask = torch.zeros_like(visible, dtype=dtype)
     return mask.masked_fill(~visible, -math.inf)[None, None]
 
