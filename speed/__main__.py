@@ -59,8 +59,9 @@ def ratios(times):
     for name in warm:
         seconds = [t[name] for t in later]
         faster = [t[first] / t[name] for t in later]
-        found = {"seconds": spread(seconds), "ratio": spread(faster)}
-        rows.append({"step": name, "first call": round(warm[name], 3), **found})
+        row = {"step": name, "first call": warm[name]}
+        row |= {"seconds": spread(seconds), "ratio": spread(faster)}
+        rows.append(row)
     return rows
 
 
@@ -81,12 +82,12 @@ def ladder(size, folder, rounds, device):
 
 def memory(size, folder, rounds, device):
     """What the sides' steps add to the memory of a fresh process, MiB."""
-    mib = {}
+    rows = []
     for rung in (RUNGS[0], Rung("ours")):
-        mib[rung.name] = measure.in_new_process(step_memory, rung, folder, size, device)
-    published, ours = mib.values()
-    rows = [{"step": name, "MiB": value} for name, value in mib.items()]
-    return rows, {"five_sequence_memory_ratio": published / ours}
+        mib = measure.in_new_process(step_memory, rung, folder, size, device)
+        rows.append({"step": rung.name, "MiB": mib})
+    published, ours = rows
+    return rows, {"five_sequence_memory_ratio": published["MiB"] / ours["MiB"]}
 
 
 # --- command line ---------------------------------------------------------------------------------
@@ -95,7 +96,7 @@ SUMMARY = "five_sequence_time_ratio five_sequence_memory_ratio max_logp_diff"
 PARTS = {"ladder": ladder, "memory": memory}
 
 
-def options(argv):
+def main(argv=None):
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("--quick", action="store_true", help="small model, few rounds")
@@ -105,33 +106,27 @@ def options(argv):
     add("--size", choices=SIZES, help="default: quick with --quick, else mid")
     add("--rounds", type=within(2), help="timed rounds (default 3 with --quick, else 9)")
     args = parser.parse_args(argv)
-    args.size = args.size or ("quick" if args.quick else "mid")
-    args.rounds = args.rounds or (3 if args.quick else 9)
+    size = args.size or ("quick" if args.quick else "mid")
+    rounds = args.rounds or (3 if args.quick else 9)
     if args.cuda and not torch.cuda.is_available():
         raise UserError("--cuda: PyTorch finds no CUDA GPU here")
-    return args
-
-
-def main(argv=None):
-    args = options(argv)
     torch.set_num_threads(1)
     device = "cuda" if args.cuda else "cpu"
-    processor = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].split("\n")[0]
-    print(f"{time.ctime()}, torch {torch.__version__}, {processor}", *sys.argv[1:], flush=True)
-    summary = dict.fromkeys(SUMMARY.split())  # null where a part did not run
     parts = {name: PARTS[name] for name in args.only}
     if args.cuda:
         from tests import on_gpu
 
         parts |= on_gpu.PARTS
+    processor = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].split("\n")[0]
+    print(f"{time.ctime()}, torch {torch.__version__}, {processor}", *sys.argv[1:])
+    summary = dict.fromkeys(SUMMARY.split())  # null where a part did not run
     with tempfile.TemporaryDirectory() as folder:
         for name, part in parts.items():
-            print(f"{name} ...", file=sys.stderr)
-            rows, figures = part(args.size, folder, args.rounds, device)
+            print(f"\n## {name}\n", flush=True)
+            rows, figures = part(size, folder, rounds, device)
             summary |= figures
-            print(f"\n## {name}\n")
             for row in rows:
-                print("-", ", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+                print("-", json.dumps(row), flush=True)
     if args.json:
         print(json.dumps(summary))
 

@@ -13,8 +13,7 @@ from data import build_rows
 from speed.measure import Result, peak_of
 from speed.world import SIZES, write_world
 from support.reference import key_of
-from vlm.load import adapter_off, mixed_precision
-from vlm.logprobs import add_image_features, logp_table
+from vlm.logprobs import add_image_features
 
 LR = 2e-4  # at 1e-3 the mid-size losses explode within six steps, and rounding with them
 RECORDS = 3
@@ -39,13 +38,14 @@ class Rung(NamedTuple):
     """A rung of the ladder; each keeps the savings above it."""
 
     name: str
-    plain: dict | None = None  # options of logp_table; None: train.py's own way
+    plain: bool = False  # padded sequences, each with a prefix and an image of its own
+    all_logits: bool = False  # those of the prompt as well
     cached: bool = False  # is the reference on disk already?
 
 
 RUNGS = [
-    Rung("published: five sequences", {"packed": False, "all_logits": True}),
-    Rung("+ logits where needed", {"packed": False}),
+    Rung("published: five sequences", plain=True, all_logits=True),
+    Rung("+ logits where needed", plain=True),
     Rung("+ image and prompt once"),
     Rung("+ reference cached", cached=True),
 ]
@@ -57,37 +57,36 @@ def rows_of_records(run):
     return [build_rows(records[i], run.prompts, cells) for i in range(RECORDS)]
 
 
+def ask_for_all_logits(model, args, inputs):
+    return args, inputs | {"logits_to_keep": 0}
+
+
 class Side:
     """A copy of a run's policy with its own optimiser, and a way to compute the tables."""
 
     def __init__(self, run, rung, records):
         frozen = {id(p): p for p in run.policy.parameters() if not p.requires_grad}  # not copied
-        self.run = replace(run, policy=copy.deepcopy(run.policy, frozen))
+        policy = copy.deepcopy(run.policy, frozen)
+        if rung.all_logits:
+            policy.register_forward_pre_hook(ask_for_all_logits, with_kwargs=True)
+        options = replace(run.options, no_share_prefix=rung.plain)
+        self.run = replace(run, policy=policy, options=options)
         self.rung, self.records = rung, records
         self.keys = [key_of(rows) for rows in records]
-        self.trained = [p for p in self.run.policy.parameters() if p.requires_grad]
+        self.trained = [p for p in policy.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=LR, weight_decay=0.0)
         if rung.cached:
             for number in range(len(records)):
-                self.reference_table(self.fresh_rows(number), number)
-
-    def fresh_rows(self, number):
-        """A record's rows without the image features of the last time."""
-        return [replace(row, features=None) for row in self.records[number]]
-
-    def reference_table(self, rows, number):
-        return train.reference_table(self.run, rows, [self.keys[number]], self.rung.cached)
+                self.tables(number)
 
     def tables(self, number):
-        """The policy's and the reference's."""
-        run, plain, rows = self.run, self.rung.plain, self.fresh_rows(number)
-        if plain is None:
-            add_image_features(run.policy, rows)
-            return train.policy_table(run, rows, 1), self.reference_table(rows, number)
-        with mixed_precision(run.policy, run.options.device != "cpu"):
-            with torch.no_grad(), adapter_off(run.policy):
-                reference = logp_table(run.policy, rows, 1, **plain)
-            return logp_table(run.policy, rows, 1, **plain), reference
+        """The policy's and the reference's; image features of the last time are not kept."""
+        rows = [replace(row, features=None) for row in self.records[number]]
+        if not self.rung.plain:
+            add_image_features(self.run.policy, rows)
+        policy = train.policy_table(self.run, rows, 1)
+        key = self.keys[number]
+        return policy, train.reference_table(self.run, rows, [key], self.rung.cached)
 
     def take_step(self, number):
         """One optimiser step on a record: a `Result`."""

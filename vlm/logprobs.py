@@ -45,30 +45,35 @@ class Row:
     source: str = ""  # "prefs.jsonl:7", for messages
     features: torch.Tensor | None = None  # of the image, where they are computed already
 
+    def prefix(self):
+        """(tokens,) of image and prompt."""
+        return self.inputs["input_ids"][0]
+
     def longest(self):
         """Tokens of its longest plain sequence."""
-        return self.inputs["input_ids"].shape[1] + max(len(y) for y in self.responses)
+        return len(self.prefix()) + max(len(y) for y in self.responses)
 
     def tokens(self):
         """Tokens that it takes packed."""
-        return self.inputs["input_ids"].shape[1] + sum(len(y) for y in self.responses)
+        return len(self.prefix()) + sum(len(y) for y in self.responses)
 
 
-def logp_table(model, rows, records, packed=True, tokens_per_forward=0, all_logits=False):
+def logp_table(model, rows, records, packed=True, tokens_per_forward=0):
     """(3, 3, records) fp32 log-probabilities in nats; NaN in the cells that no row asks for.
 
     packed: rows go into one forward pass while they fit into tokens_per_forward; with 0 each row
     has its own.
     """
-    table = torch.full((3, 3, records), math.nan, device=base_model(model).device)
+    device = base_model(model).device
+    table = torch.full((3, 3, records), math.nan, device=device)
     for group in groups_of(rows, tokens_per_forward):
-        logps = packed_logps(model, group) if packed else plain_logps(model, group, all_logits)
+        logps = packed_logps(model, group) if packed else plain_logps(model, group)
         sums = torch.stack([logp.sum() for logp in logps])
         cells = []
         for row in group:
             cells += [(*cell, row.record) for cell in row.cells]
-        image, response, record = on_device(cells, table.device).T
-        table = table.index_put((image, response, record), sums)
+        places = on_device(cells, device).T  # of image, response, record
+        table = table.index_put(tuple(places), sums)
     return table
 
 
@@ -76,7 +81,7 @@ def response_lengths(rows, records):
     """(3, records) tokens of each response, end token included; NaN where no row has it."""
     lengths = torch.full((3, records), math.nan)
     for row in rows:
-        for (_, response), tokens in zip(row.cells, row.responses, strict=True):
+        for (_, response), tokens in zip(row.cells, row.responses):
             lengths[response, row.record] = len(tokens)
     return lengths
 
@@ -85,22 +90,22 @@ def groups_of(rows, tokens_per_forward):
     """Consecutive rows, as many at a time as fit."""
     group, size = [], 0
     for row in rows:
-        if group and size + row.tokens() > tokens_per_forward:
+        tokens = row.tokens()
+        if group and size + tokens > tokens_per_forward:
             yield group
             group, size = [], 0
         group.append(row)
-        size += row.tokens()
+        size += tokens
     yield group
 
 
 # --- the simple way ------------------------------------------------------------------------------
 
 
-def plain_logps(model, rows, all_logits=False):
+def plain_logps(model, rows):
     """Per-token log-probs (fp32) of every response, from a right-padded batch for each row.
 
-    The tests' oracle, and the way of the families that cannot be packed. all_logits: computes those
-    of the prompt as well, which nobody needs, as the published code does (speed/ compares).
+    The tests' oracle, and the way of the families that cannot be packed.
     """
     device = base_model(model).device
     logps = []
@@ -111,24 +116,26 @@ def plain_logps(model, rows, all_logits=False):
 
         inputs = {}
         for name, tensor in row.inputs.items():
-            inputs[name] = tensor.repeat(n, *[1] * (tensor.dim() - 1))  # once for each response
+            inputs[name] = torch.cat([tensor] * n)  # once for each response
         behind_the_prompt = {
             "input_ids": responses,
             "attention_mask": real,
             "token_type_ids": torch.zeros_like(responses),  # Gemma 3: 0 is text
             "mm_token_type_ids": torch.zeros_like(responses),  # Qwen2-VL: 0 is text
         }
-        for name in inputs.keys() & behind_the_prompt.keys():
-            inputs[name] = torch.cat([inputs[name], behind_the_prompt[name]], dim=1)
-        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+        for name, tensor in inputs.items():
+            if name in behind_the_prompt:
+                tensor = torch.cat([tensor, behind_the_prompt[name]], dim=1)
+            inputs[name] = tensor.to(device)
 
         # Position t predicts token t + 1: the logits of the prompt's last token and all behind it.
         keep = responses.shape[1] + 1
-        computed = 0 if all_logits else keep  # 0: all of them
-        logits = model(**inputs, use_cache=False, logits_to_keep=computed).logits
+        logits = model(**inputs, use_cache=False, logits_to_keep=keep).logits
         all_logps = logits.float().log_softmax(-1)[:, -keep:-1]
-        picked = all_logps.gather(2, responses.to(device)[:, :, None])[:, :, 0]  # (n, longest)
-        logps += [picked[k, : len(y)] for k, y in enumerate(row.responses)]
+        targets = responses.to(device)
+        picked = all_logps.gather(2, targets[:, :, None])  # (n, longest, 1)
+        for k, response in enumerate(row.responses):
+            logps.append(picked[k, : len(response), 0])
     return logps
 
 
@@ -137,7 +144,8 @@ def plain_logps(model, rows, all_logits=False):
 
 def packed_logps(model, rows, masked=False):
     """The same numbers from one sequence that holds all rows, each prefix once (picture above)."""
-    ids, position, row_of, branch = [], [], [], []  # one entry for each token of the sequence
+    ids, position = [], []  # one entry for each token of the sequence
+    row_of, branch = [], []  # the same
     predicting, targets = [], []  # the places that predict a response token, and these tokens
     lengths = []  # of the responses
 
@@ -148,7 +156,7 @@ def packed_logps(model, rows, masked=False):
         branch.extend([k] * len(tokens))
 
     for number, row in enumerate(rows):
-        prefix = row.inputs["input_ids"][0].tolist()
+        prefix = row.prefix().tolist()
         append(prefix, 0, number, 0)
         end_of_prefix = len(ids) - 1
         for k, response in enumerate(row.responses, start=1):
@@ -172,7 +180,8 @@ def packed_logps(model, rows, masked=False):
         inputs["segments"] = segments_of(row_of, branch, embeds)
         inputs["attention_mask"] = embeds.new_zeros(1, 1, 1, 1)  # given: none is made, nor used
     hidden = decoder(model)(**inputs).last_hidden_state[0]  # (tokens, width)
-    logps = TokenLogProbs.apply(hidden[predicting], targets, base.get_output_embeddings())
+    head = base.get_output_embeddings()
+    logps = TokenLogProbs.apply(hidden[predicting], targets, head)
     return logps.split(lengths)
 
 
@@ -190,13 +199,15 @@ def branch_mask(row_of, branch, dtype=torch.float32):
     """
     if row_of[-1] == 0 and branch[-1] <= 1:
         return None
-    query_row, key_row = row_of[:, None], row_of[None, :]
-    query_branch, key_branch = branch[:, None], branch[None, :]
-    earlier = torch.ones(len(branch), len(branch), dtype=torch.bool, device=branch.device).tril()
-    same_row = query_row == key_row
-    prefix_or_own_response = (key_branch == 0) | (key_branch == query_branch)
-    visible = earlier & same_row & prefix_or_own_response
-    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, -math.inf)[None, None]
+    # Row: the query, column: the key.
+    place = torch.arange(len(branch), device=branch.device)
+    earlier = place <= place[:, None]
+    same_row = row_of == row_of[:, None]
+    own_response = branch == branch[:, None]
+    in_the_prefix = branch == 0
+    visible = earlier & same_row & (in_the_prefix | own_response)  # (tokens, tokens)
+    mask = torch.zeros_like(visible, dtype=dtype)
+    return mask.masked_fill(~visible, -math.inf)[None, None]
 
 
 class TokenLogProbs(torch.autograd.Function):
@@ -213,11 +224,12 @@ class TokenLogProbs(torch.autograd.Function):
     def forward(ctx, hidden, targets, head):
         logps, gradients = [], []
         hidden = hidden.detach()  # hooks on the head must not look for a graph: there is none here
-        for h, y in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
+        for h, y in zip(hidden.split(CHUNK), targets.split(CHUNK)):
             logp = logits_of(head, h).log_softmax(-1)  # (chunk, vocabulary)
             logps.append(logp.gather(1, y[:, None])[:, 0])
             if ctx.needs_input_grad[0]:
-                gradients.append(head.weight[y] - logp.exp().to(h.dtype) @ head.weight)
+                p = logp.exp().to(h.dtype)
+                gradients.append(head.weight[y] - p @ head.weight)
         if gradients:
             ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(logps)
@@ -225,7 +237,8 @@ class TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logps):
         (gradients,) = ctx.saved_tensors
-        return grad_logps[:, None].to(gradients.dtype) * gradients, None, None
+        grad_hidden = grad_logps[:, None].to(gradients.dtype) * gradients
+        return grad_hidden, None, None
 
 
 def logits_of(head, hidden):
@@ -248,7 +261,8 @@ def embed(model, rows, ids):
     features = [row.features for row in rows if row.features is not None]
     if features:
         is_image = (ids == base.config.image_token_id)[:, None]
-        embeds = embeds.masked_scatter(is_image, torch.cat(features).to(embeds.dtype))
+        features = torch.cat(features).to(embeds.dtype)  # (image tokens, width)
+        embeds = embeds.masked_scatter(is_image, features)
     return embeds[None]
 
 
@@ -264,7 +278,7 @@ def add_image_features(model, rows):
     for batch in batches:
         features = image_features(model, batch)  # (image tokens of all rows, width)
         for row, found in zip(batch, features.chunk(len(batch))):
-            wanted = int((row.inputs["input_ids"] == image_token).sum())
+            wanted = row.prefix().tolist().count(image_token)
             if wanted != len(found):
                 raise UserError(
                     f"{row.source}: {wanted} image tokens in the prompt, {len(found)} features "
@@ -277,12 +291,12 @@ def add_image_features(model, rows):
 @torch.no_grad()
 def image_features(model, rows):
     """(image tokens of all rows, width) from the frozen vision tower."""
-    base = base_model(model)
-    images = {}
+    from transformers import BatchFeature
+
+    base, images = base_model(model), BatchFeature()
     for name in rows[0].inputs.keys() - {"input_ids", "attention_mask"}:
-        tensor = torch.cat([row.inputs[name] for row in rows])
-        dtype = base.dtype if tensor.is_floating_point() else None
-        images[name] = tensor.to(base.device, dtype, non_blocking=True)
+        images[name] = torch.cat([row.inputs[name] for row in rows])
+    images.to(base.device, base.dtype, non_blocking=True)  # the dtype for pixels, not for numbers
     found = base.get_image_features(**images, return_dict=True).pooler_output
     return torch.cat([image.flatten(0, -2) for image in found])
 
