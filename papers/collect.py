@@ -54,7 +54,10 @@ def rows_of(results):
     for result in results:
         label, sampled, _ = result["row"].partition(", sampled")
         row = rows.setdefault(label, {})
-        for column, value in report.row_of(result).items():
+        found = report.row_of(result)
+        for kind, value in result["metrics"].get("types", {}).items():
+            found[f"mmhal {kind}↑"] = value  # mDPO's Table 5
+        for column, value in found.items():
             if sampled:
                 column = column.replace("amber", "amber sampled")
             row.setdefault(column, []).append(value)

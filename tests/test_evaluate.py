@@ -84,6 +84,7 @@ def test_mmhal_as_the_official_scorers(protocol, score, rate, types):
     assert found["score"] == pytest.approx(score)
     assert found["hallucination_rate"] == pytest.approx(rate)
     assert found["score_per_type"] == pytest.approx([total / 12 for total in types])
+    assert found["types"]["adversarial"] == found["score_per_type"][1]
 
 
 # --- scorers: rules, by hand ----------------------------------------------------------------------

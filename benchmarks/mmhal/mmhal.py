@@ -24,6 +24,7 @@ FILES = (
     "mmhal-bench_answer_template.json",
 )
 COLUMNS = {"Score↑": "score", "Hall↓": "hallucination_rate"}
+TYPES = "attribute adversarial comparison counting relation environment holistic other".split()
 
 # As judges write it: "Rating: 4", {"rating": 4}, "Rating (0-6): 4", "a rating of 4"
 RATING = re.compile(r"rating(?: *\(0 *(?:-|–|to) *6\))?\W*(?:(?:is|of)\W*)?([0-6])(?![.–-]?\d)")
@@ -63,6 +64,7 @@ def score(answers, folder, settings):
         "score": sum(ratings) / ITEMS,
         "hallucination_rate": percent(low, ITEMS),
         "score_per_type": by_type,
+        "types": dict(zip(TYPES, by_type)),
     }
     return metrics, "judge"
 
