@@ -2,7 +2,7 @@
 . "$(dirname "$0")/rows.sh"
 measure hallusionbench mmhal amber-captions amber-sampled amber
 [ -n "$model" ] || measure amber-captions amber-sampled
-kinds=(edit neighbour crop noise black)
+kinds=(edit crop black neighbour noise)
 [ -z "$model" ] || kinds=(similar synthetic crop noise black)
 row base
 for kind in "${kinds[@]}"; do
