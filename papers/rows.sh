@@ -6,8 +6,7 @@
 # `first N`, `contrast KIND`, `records FILE`, `tiny_records NAME OPTIONS`.
 #
 # On the tiny world each choice of options has the same three learning rates, tried on the bundled
-# records with one seed and judged on validation scenes by the mean of coverage and 100 - CHAIR;
-# other seeds see the test scenes. At full size a rate is --lr, the table's recipe, or train.py's own.
+# records with one seed and judged on validation scenes; other seeds see the test scenes. At full size a rate is --lr, the table's recipe, or train.py's own.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 name=$(basename "$0" .sh)
@@ -101,9 +100,10 @@ best_rate() { # OPTIONS...: sets rate, on the validation scenes of the tiny worl
         train "$folder" "$@" --seed 100 --lr "$try"
         evaluate "$folder/amber" amber "$benchmarks/amber_val" --dimension g
         [ -n "$dry" ] && rate=BEST && continue
+        # Fewest false objects, among those that keep four fifths of the base model's coverage (83.5).
         score=$(python -c "import json, sys
 found = json.load(open(sys.argv[1]))['metrics']['generative']
-print(round(500 + 5 * found['Cover'] - 5 * found['CHAIR']))" "$folder/amber/metrics.json")
+print(round(1000 - 10 * found['CHAIR']) if found['Cover'] > 66.8 else 0)" "$folder/amber/metrics.json")
         if [ "$score" -gt "$best" ]; then
             best=$score rate=$try
         fi
@@ -120,7 +120,7 @@ row() {
         best_rate "$@"
     fi
     for seed in $(seq 0 $((last - 1))); do
-        folder=$out/$label-$seed
+        folder=$out/$label${rate:+-lr-$rate}-$seed
         folder=${folder// /}
         [ $# = 0 ] || train "$folder" "$@" --seed "$seed" ${rate:+--lr "$rate"}
         for benchmark in "${measured[@]}"; do
