@@ -331,6 +331,17 @@ def test_transparency_is_white_and_deep_pictures_are_scaled_by_what_is_there(tmp
     assert np.asarray(open_image("f.tiff", tmp_path))[0, :, 0].tolist() == [0, 128, 255]
 
 
+def test_only_formats_of_the_list_are_opened(tmp_path):
+    """Records come from anywhere, and not every reader of Pillow is safe: EPS starts Ghostscript."""
+    for form in ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "TGA", "ICO"):
+        picture().save(tmp_path / "a", form)
+        assert open_image("a", tmp_path).getpixel((0, 0))
+    for form in ("EPS", "PCX", "SGI", "PDF"):
+        picture().save(tmp_path / "b", form)
+        with pytest.raises(UserError, match="not a readable image"):
+            open_image("b", tmp_path)
+
+
 def test_a_long_text_chunk_is_no_reason_to_refuse_a_picture(tmp_path):
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", "x" * 2_000_000, zip=True)
