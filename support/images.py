@@ -18,7 +18,7 @@ BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
 FULL_SCALES = (1, 255, 1023, 4095, 16383, 65535)  # white of float, 8, 10, 12, 14 and 16 bits
 READ = "PNG JPEG MPO WEBP GIF BMP TIFF PPM JPEG2000 AVIF TGA ICO".split()
 Image.init()
-FORMATS = [name for name in READ if name in Image.OPEN]  # those that this Pillow can read
+FORMATS = [name for name in READ if name in Image.OPEN]  # without EPS, which starts Ghostscript
 LONGEST = 200  # times the shorter side: processors scale that one up, whatever becomes of the other
 # Shares of the area that a crop keeps (mDPO Table 3).
 CROP = (0.01, 0.2)
