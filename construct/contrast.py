@@ -112,6 +112,7 @@ def contrast(args):
 
     chosen = {}
     lines = []
+    stale = 0  # records with a response to another contrast image
     make = MADE.get(args.kind)
     if args.kind == "noise":
         make = functools.partial(noise, step=args.step)
@@ -136,9 +137,17 @@ def contrast(args):
             "contrast_seed": args.seed,
             "similarity": cosine,
         }
+        if fields.pop("contrast_chosen", None):
+            fields.pop("changes", None)  # it says what that response changed
+            stale += 1
         lines.append({**fields, **found})
     write_lines(out, lines)
     print(f"{out}: {len(lines):,} records, {len(records) - len(lines):,} left out (no image fits)")
+    if stale:
+        print(
+            f"contrast_chosen left out of {stale:,} records: it answers for the contrast image "
+            "that they had; `python -m construct.responses` writes new ones"
+        )
 
 
 @dataclass

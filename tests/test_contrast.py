@@ -13,6 +13,7 @@ from conftest import FIXTURES
 from construct import contrast
 from data import embed, nearest
 from support.images import moco, noise
+from support.records import Records
 
 MADE = ("crop", "crop-large", "black", "noise", "moco")
 VISION = dict(
@@ -179,6 +180,30 @@ def test_images_of_a_group_are_never_paired(folder, capsys):
     assert "in.jsonl:2: --group scene" in capsys.readouterr().err
     run(path, "--out", out, "--kind", "random", "--group", "scnee", code=2)
     assert "in.jsonl:1: there is no field scnee" in capsys.readouterr().err
+
+
+SYMMPO_NAMES = ("question", "image_1", "image_2", "resp_1_w", "resp_1_l", "resp_2_w")
+OUR_NAMES = ("prompt", "image", "contrast_image", "chosen", "rejected", "contrast_chosen")
+
+
+@pytest.mark.parametrize("names", [OUR_NAMES, SYMMPO_NAMES, "xabcde"])
+def test_a_response_to_another_contrast_image_is_left_out(folder, capsys, names):
+    """Else SymMPO would train on what is said of a picture that is not there."""
+    values = ("What?", "0.png", "1.png", "yes", "no", "of the other one")
+    records = [dict(zip(names, values)) | {"changes": ["of the other one"]} for _ in range(2)]
+    records.append(dict(zip(names[:5], values)))
+    (folder / "in.jsonl").write_text("\n".join(map(json.dumps, records)))
+    fields = ",".join(f"{ours}={theirs}" for ours, theirs in zip(OUR_NAMES, names))
+    mapped = ["--fields", fields] if names == "xabcde" else []
+    run(folder / "in.jsonl", "--out", folder / "out.jsonl", "--kind", "black", *mapped)
+    said = capsys.readouterr().out
+    assert said.count("contrast_chosen") == 1 and "of 2 records" in said and "responses" in said
+    text = (folder / "out.jsonl").read_text()
+    assert "of the other one" not in text and "resp_2_w" not in text
+    for number, record in enumerate(Records(folder / "out.jsonl")):
+        assert record["contrast_image"] == f"out/{number:06d}.png"
+        assert "contrast_chosen" not in record and record["rejected"] == "no"
+        assert record["unread"] == []
 
 
 def test_texts_that_no_encoding_knows_survive(folder):
