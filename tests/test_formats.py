@@ -401,12 +401,18 @@ def test_check_says_what_will_be_trained(folder, capsys):
         assert line in text, line
 
 
-def test_check_shows_a_record_and_says_which_length_takes_all(folder, tmp_path, capsys):
+def test_check_shows_a_record_and_the_longest_and_writes_a_page(folder, tmp_path, capsys):
     save_llava15(tmp_path / "model")
     long = {**PLAIN, "image": "1.png", "prompt": "Is there a cup or a fork or a knife there?"}
     path = write(folder / "prefs.jsonl", PLAIN, long, {**PLAIN, "image": "2.png"})
-    code, text = check(capsys, path, "--model", tmp_path / "model")
-    assert code == 0 and "label chosen (" in text and "label rejected (" in text
+    page = tmp_path / "page.html"
+    code, text = check(capsys, path, "--model", tmp_path / "model", "--page", page)
+    assert code == 0 and "label chosen (" in text and text.count("label rejected (") == 2
+    assert f"{path}:1, " in text and f"{path}:2, " in text and "a fork or a knife" in text
+    assert page.read_text().count("<article>") == 3
+    assert "Is there a cup or" in page.read_text()
+    _, text = check(capsys, path, "--model", tmp_path / "model", "--show", 1)
+    assert text.count("label rejected (") == 1 and "a fork or a knife" in text
     tokens = int(re.search(r"length, tokens: .* max (\d+)", text)[1])
     _, text = check(capsys, path, "--model", tmp_path / "model", "--max-length", tokens - 1)
     assert "3 records, 1 bad" in text and f"--max-length {tokens} would take all" in text

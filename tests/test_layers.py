@@ -30,6 +30,7 @@ MAY_IMPORT = {
 # What may also be imported inside functions: where a model answers.
 INSIDE_FUNCTIONS = {
     "benchmarks/answers.py": ("vlm",),
+    "data.py": ("construct",),
     "evaluate.py": ("vlm",),
     "train.py": ("benchmarks",),
 }
