@@ -1064,11 +1064,15 @@ def test_judgements_that_nobody_can_read_are_counted_and_never_all_scored():
         score("hallusionbench", rows, ".", ["hm", "hm"])
 
 
-def test_hallusionbench_image_questions_alone_are_refused():
-    """VS's questions of figure 0 have no image, and what the others are compared with is theirs."""
-    rows = [hallusion(0, 0, "yes"), hallusion(1, 0, "yes", category="VS")]
+def test_hallusionbench_image_questions_alone():
+    """Without VS's questions of figure 0 there is no qAcc, and the row says why."""
+    rows = [hallusion(0, 0, "yes"), hallusion(1, 0, "no", "0")]
+    rows += [hallusion(1, 0, "yes", category="VS"), hallusion(2, 0, "no", category="VS")]
+    found = score("hallusionbench", rows, ".")
+    assert found["metrics"] == {"fAcc": 75.0, "aAcc": 75.0}
+    assert "image questions alone" in found["reading"]
     with pytest.raises(UserError, match="none like it of figure 0"):
-        score("hallusionbench", rows, ".")
+        score("hallusionbench", rows[1:], ".")
 
 
 def test_give_up_settles_a_few_requests_and_says_so(serve, tmp_path, capsys):
