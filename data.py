@@ -334,7 +334,9 @@ class Survey:
         self.faults = defaultdict(list)  # kind of message: [(source, message)]
         self.usable_by = Counter()
         self.lengths = []  # in tokens
-        self.shown = None  # rows of a record
+        self.first = None  # rows of the record to show
+        self.longest = None  # and of the longest
+        self.most_tokens = 0
 
     def add(self, i, record):
         able = usable_by(record)
@@ -353,10 +355,13 @@ class Survey:
         rows = build_rows(record, self.prompts, most, max_length=math.inf)
         lengths = [row.longest() for row in rows]
         self.lengths += lengths
+        if max(lengths) > self.most_tokens:
+            self.most_tokens = max(lengths)
+            self.longest = rows
         if max(lengths) > self.args.max_length:
             raise UserError(f"{max(lengths)} tokens, more than --max-length {self.args.max_length}")
-        if self.shown is None and self.args.show in (None, i):
-            self.shown = rows
+        if self.first is None and self.args.show in (None, i):
+            self.first = rows
 
     def add_fault(self, source, message):
         """Each kind of fault is shown once; with --all, every one."""
@@ -376,11 +381,10 @@ class Survey:
         lines += self.pairs.lines()
         if self.lengths:
             low = min(self.lengths)
-            high = max(self.lengths)
             middle = statistics.median_low(self.lengths)
-            lines.append(f"length, tokens: min {low}, median {middle}, max {high}")
-            if high > self.args.max_length:
-                lines.append(f"--max-length {high} would take all records")
+            lines.append(f"length, tokens: min {low}, median {middle}, max {self.most_tokens}")
+        if self.most_tokens > self.args.max_length:
+            lines.append(f"--max-length {self.most_tokens} would take all records")
         return lines
 
 
@@ -405,10 +409,20 @@ def check(args):
         except UserError as error:
             survey.add_fault(source, str(error).removeprefix(f"{source}: "))
     print("\n".join(survey.lines(len(records))))
-    for row in survey.shown or []:
+    shown = survey.first or []
+    if survey.longest and survey.longest is not survey.first:
+        shown = shown + survey.longest
+    for row in shown:
+        print(f"{row.source}, {row.longest()} tokens")
         print(prompts.describe(row))
-    if args.show is not None and survey.shown is None:
+    if args.show is not None and survey.first is None:
         print(f"--show {args.show}: there is no such record, or it is bad")
+    if args.page:
+        from construct.review import review
+
+        args.out = args.page
+        args.limit = 100
+        review(args)
     return survey.bad()
 
 
@@ -426,6 +440,7 @@ class Options:
     max_length          tokens
     show                show this record as the model sees it, counted from 0
     all                 every bad record, not each kind once
+    page                also write a page (.html) with images and responses side by side
     """
 
     command: Literal["check"]
@@ -438,6 +453,7 @@ class Options:
     max_length: int = 2048
     show: int = None
     all: bool = False
+    page: str = None
 
 
 def main(argv=None):

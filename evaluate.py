@@ -9,7 +9,7 @@
 Each benchmark is a folder of benchmarks/ that can be read alone. Here is what they share:
 
     questions --generate--> answers.jsonl --judge--> judgements.jsonl --score--> metrics.json
-                                                                      --report--> report.md
+                                                                      --report--> report.md, .png
 
 Departures: greedy decoding (the published scripts use 3 beams, and sample AMBER's yes/no answers at
 0.7); HallusionBench's questions get their images (the published script feeds none); the judges'

@@ -4,12 +4,15 @@ Nothing in benchmarks/ imports torch (but answers.py, where a model answers): sc
 """
 
 import base64
+import csv
 import functools
 import glob
+import io
 import itertools
 import json
 import os
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,7 +56,7 @@ class Case:
 
 
 def read(path):
-    """A JSON file's value, or the list of values of a JSONL or parquet file."""
+    """A JSON file's value, or the list of values of a JSONL, parquet or TSV file."""
     path = Path(path)
     try:
         raw = path.read_bytes()
@@ -64,13 +67,28 @@ def read(path):
 
             return pyarrow.parquet.ParquetFile(path).read().to_pylist()
         text = raw.decode("utf-8-sig").replace("\r\n", "\n").strip()
+        if path.suffix == ".tsv":
+            return tab_separated(text)
         is_lines = path.suffix == ".jsonl" or "}\n{" in text
         if is_lines and not text.startswith("["):
             lines = [line for line in text.split("\n") if line.strip()]
             text = "[" + ",\n".join(lines) + "]"  # one text, so that an error says the line
         return json.loads(text)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
+
+
+def tab_separated(text):
+    """The rows of VLMEvalKit's TSVs: an image is base64, or the index of the row that has it."""
+    csv.field_size_limit(sys.maxsize)
+    rows = list(csv.DictReader(io.StringIO(text), delimiter="\t"))
+    images = {row["index"]: row["image"] for row in rows}
+    for row in rows:
+        given = row["image"]
+        row["image"] = images.get(given, given)
+        if len(row["image"]) <= 64:  # too short for an image
+            raise ValueError(f"row {row['index']}: its image {given!r} is that of no other row")
+    return rows
 
 
 def files_of(folder, *patterns):

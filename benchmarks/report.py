@@ -1,4 +1,4 @@
-"""report.md: the rows of metrics.json files beside the paper's rows.
+"""report.md and report.png: the rows of metrics.json files beside the paper's rows.
 
 (!) marks rows of which more than 2 % of the answers or judgements are empty, cut or unclear.
 
@@ -6,6 +6,7 @@ paper.json has the tables of the SymMPO and mDPO papers, and LLaVA-1.5's POPE. (
 are in the mDPO paper alone, whose MMHal rates are written in percent.)
 """
 
+import math
 import statistics
 from pathlib import Path
 
@@ -49,6 +50,8 @@ def write(files, folder, paper=None, differences=False):
     text = "\n".join(lines)
     print(text)
     write_atomically(Path(folder, "report.md"), text + "\n")
+    if headings:
+        draw(rows, headings, Path(folder, "report.png"))
 
 
 def row_of(result):
@@ -116,3 +119,19 @@ def made(results):
         facts = [f"{name}: {value}" for name, value in result.items() if name != "metrics"]
         lines.append("- " + "; ".join(facts))
     return lines
+
+
+def draw(rows, headings, path):
+    """A panel of bars for each column; a row without a value there has no bar."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure  # not pyplot, whose state belongs to a notebook
+
+    colors = colormaps["viridis"].resampled(len(rows)).colors  # readable without colour vision
+    figure = Figure(figsize=(1.6 * len(headings) + 4, 3.2), layout="constrained")
+    panels = figure.subplots(1, len(headings), squeeze=False)[0]
+    for panel, heading in zip(panels, headings):
+        heights = [statistics.mean(row.get(heading, [math.nan])) for row in rows.values()]
+        panel.bar(range(len(rows)), heights, color=colors, label=list(rows))
+        panel.set(title=heading.replace(" ", "\n"), xticks=[], xlim=(-0.6, len(rows) - 0.4))
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside right")
+    figure.savefig(path, dpi=110)

@@ -8,9 +8,11 @@ contrast_image in the records.
 """
 
 import functools
+import itertools
 import math
 import os
 import random
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -30,30 +32,62 @@ MADE = {
     "crop": crop,
     "crop-large": functools.partial(crop, keep=CROP_LARGE),
     "black": lambda image, rng: Image.new("RGB", image.size),
-    "noise": noise,
+    "noise": noise,  # with --step
     "moco": moco,
 }
 
 
-def choose(args, images):
+def choose(args, group_of):
     """{path of an image: (its contrast image, cosine or None)} for the kinds that take another one
-    of the images; one for which no other will do is left out."""
+    of the images; one for which no other will do is left out.
+
+    group_of: {path of an image: its group, which the contrast image is not of}
+    """
     chosen = {}
-    if len(images) < 2:
-        return chosen
     if args.kind == "random":
+        members = defaultdict(list)
+        for image, group in group_of.items():
+            members[group].append(image)
+        if len(members) < 2:
+            return chosen
+        images = list(itertools.chain(*members.values()))  # a group's side by side
         rng = random.Random(args.seed)
-        for number, image in enumerate(images):
-            other = (number + rng.randrange(1, len(images))) % len(images)
-            chosen[image] = (images[other], None)
+        end = 0  # of the group among the images
+        for group in members.values():
+            end += len(group)
+            others = len(images) - len(group)
+            for image in group:
+                other = (end + rng.randrange(others)) % len(images)
+                chosen[image] = (images[other], None)
         return chosen
 
+    images = list(group_of)
     vectors, pixels = embed(images, args.encoder, Path(args.out).with_suffix(""))
-    index, cosines = nearest(vectors, [numbered(pixels)], args.max_sim)
+    groups = [numbered(pixels), numbered(group_of.values())]
+    index, cosines = nearest(vectors, groups, args.max_sim)
     for image, i, cosine in zip(images, index.tolist(), cosines.tolist()):
-        if math.isfinite(cosine):  # -inf where there is none
+        if math.isfinite(cosine) and cosine >= args.min_sim:  # -inf where there is none
             chosen[image] = (images[i], round(cosine, 4))
     return chosen
+
+
+def groups_of(records, given, field):
+    """{path of an image: its group}, which is the records' field, or without one the image itself.
+
+    Raises UserError for a record without the field, and for an image of two groups."""
+    group_of = {}
+    for number, (fields, files) in enumerate(given):
+        source = records.source(number)
+        image = files["image"]
+        group = image if field is None else fields.get(field)
+        if group is None:
+            raise UserError(f"{source}: there is no field {field}, which --group names")
+        group = str(group)
+        if group_of.setdefault(image, group) != group:
+            raise UserError(
+                f"{source}: --group {field}: {image} is of {group_of[image]!r} and {group!r}"
+            )
+    return group_of
 
 
 def numbered(labels):
@@ -64,6 +98,8 @@ def numbered(labels):
 
 def contrast(args):
     """The command: the records again, each with a contrast image."""
+    if not 1 <= args.step <= 1000:
+        raise UserError(f"--step {args.step}: must be 1 to 1000")
     out = Path(args.out)
     if not out.suffix:
         raise UserError(f"--out {out}: a file name such as {out}.jsonl; pictures go into {out}/")
@@ -76,9 +112,12 @@ def contrast(args):
 
     chosen = {}
     lines = []
+    stale = 0  # records with a response to another contrast image
+    make = MADE.get(args.kind)
+    if args.kind == "noise":
+        make = functools.partial(noise, step=args.step)
     if args.kind not in MADE:
-        images = dict.fromkeys(files["image"] for _, files in given)
-        chosen = choose(args, list(images))
+        chosen = choose(args, groups_of(records, given, args.group))
     for number, (fields, files) in enumerate(tqdm(given, desc=args.kind, unit=" records")):
         image = files["image"]
         if args.kind in MADE:
@@ -86,7 +125,7 @@ def contrast(args):
             rng = random.Random(seed.encode("utf-8", "replace"))  # a path may be none
             other = folder / f"{number:06d}.png"
             cosine = None
-            MADE[args.kind](open_image(str(image)), rng).save(other)
+            make(open_image(str(image)), rng).save(other)
         elif image in chosen:
             other, cosine = chosen[image]
         else:
@@ -98,9 +137,17 @@ def contrast(args):
             "contrast_seed": args.seed,
             "similarity": cosine,
         }
+        if fields.pop("contrast_chosen", None):
+            fields.pop("changes", None)  # it says what that response changed
+            stale += 1
         lines.append({**fields, **found})
     write_lines(out, lines)
     print(f"{out}: {len(lines):,} records, {len(records) - len(lines):,} left out (no image fits)")
+    if stale:
+        print(
+            f"contrast_chosen left out of {stale:,} records: it answers for the contrast image "
+            "that they had; `python -m construct.responses` writes new ones"
+        )
 
 
 @dataclass
@@ -111,14 +158,20 @@ class Options(DataOptions):
     kind                of contrast image
     seed                of what is drawn at random
     encoder             for clip
+    min_sim             clip: least cosine of a neighbour
     max_sim             clip: above it are duplicates
+    group               random, clip: field; images that share it are never paired
+    step                noise: diffusion step of 1000
     """
 
     out: str = NEEDED
     kind: Literal[*MADE, "random", "clip"] = "clip"
     seed: int = 0
     encoder: str = "openai/clip-vit-large-patch14-336"
+    min_sim: float = -1.0
     max_sim: float = 0.98
+    group: str = None
+    step: int = 500
 
 
 def main(argv=None):

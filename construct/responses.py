@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from construct.review import template, words
+from construct.review import figures, spread, template, words
 from data import RESPONSES
 from support.chat import ReplyLog, ask_all, digest
 from support.cli import NEEDED, UserError, check_numbers, parse, run_command
@@ -121,6 +121,8 @@ def build(args):
     print(f"{args.out}: {len(good):,} records; {len(bad):,} in {rejected}")
     for reason, count in Counter(record["reason"] for record in bad).most_common(9):
         print(f"    {count:,} {reason}")
+    for name, values in figures(good).items():
+        print(f"{name:32} (min, 5 %, median, 95 %, max)", *spread(values))
 
 
 def usable(drafts):

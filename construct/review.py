@@ -8,7 +8,7 @@ One self-contained file: images, responses with the words marked in which they d
 import difflib
 import functools
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,15 +36,21 @@ def words(text):
 
 
 def figures(records):
-    """{what: its values} over the records, as far as they have the fields."""
+    """{what: its values} over the records, as far as they have the fields. Word overlap: the share
+    of the words of a response and of chosen that the other has, too."""
     found = defaultdict(list)
     for record in records:
-        length = len(words(record["chosen"]))
+        chosen = Counter(words(record["chosen"]))
+        length = chosen.total()
         found["chosen: words"].append(length)
         for name in RESPONSES[1:]:
             if name in record:
-                ratio = len(words(record[name])) / max(1, length)
+                other = Counter(words(record[name]))
+                ratio = other.total() / max(1, length)
                 found[f"{name}: length ratio"].append(ratio)
+                shared = 2 * (chosen & other).total()
+                overlap = shared / max(1, length + other.total())
+                found[f"{name}: word overlap"].append(overlap)
     return found
 
 

@@ -72,8 +72,9 @@ def parse(options_class, description, argv, notes=(), **defaults):
     help_of = {}
     for owner in options_class.__mro__:
         help_of |= re.findall(r"(?m)^    (\w+) {2,}(.+)$", owner.__doc__)
-    fields = dataclasses.fields(options_class)
-    for field in sorted(fields, key=lambda field: "help" in field.metadata):  # those come last
+    weights = parser.add_argument_group("loss; without them, the objective's own")
+    for field in dataclasses.fields(options_class):
+        group = weights if "help" in field.metadata else parser
         text = field.metadata.get("help") or help_of[field.name]
         choices = typing.get_args(field.type) or None
         kind = str if choices else field.type
@@ -81,16 +82,16 @@ def parse(options_class, description, argv, notes=(), **defaults):
         default = field.default
         if default is dataclasses.MISSING:
             number = "*" if kind is list else None
-            parser.add_argument(field.name, nargs=number, choices=choices, help=text)
+            group.add_argument(field.name, nargs=number, choices=choices, help=text)
         elif kind is bool:
-            parser.add_argument(flag, action="store_true", help=text)
+            group.add_argument(flag, action="store_true", help=text)
         else:
             note = dict(notes).get(field.name, default)
             needed = default is NEEDED
             if note is not None:
                 text = f"{text} ({note})"
             given = {"type": kind, "default": default, "choices": choices, "required": needed}
-            parser.add_argument(flag, **given, help=text)
+            group.add_argument(flag, **given, help=text)
     parser.set_defaults(**defaults)
     return options_class(**vars(parser.parse_args(argv)))
 

@@ -16,8 +16,9 @@ from support.cli import Unreadable, UserError
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # a long text chunk is no reason to refuse a picture
 BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
 FULL_SCALES = (1, 255, 1023, 4095, 16383, 65535)  # white of float, 8, 10, 12, 14 and 16 bits
+READ = "PNG JPEG MPO WEBP GIF BMP TIFF PPM JPEG2000 AVIF TGA ICO".split()
 Image.init()
-FORMATS = [name for name in Image.OPEN if name != "EPS"]  # reading one would start Ghostscript
+FORMATS = [name for name in READ if name in Image.OPEN]  # without EPS, which starts Ghostscript
 LONGEST = 200  # times the shorter side: processors scale that one up, whatever becomes of the other
 # Shares of the area that a crop keeps (mDPO Table 3).
 CROP = (0.01, 0.2)

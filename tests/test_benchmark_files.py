@@ -1,5 +1,8 @@
-"""The benchmarks' questions in the files that people have: parquet, and POPE's three files."""
+"""The benchmarks' questions in the files that people have: VLMEvalKit's TSVs, parquet, and
+POPE's three files."""
 
+import base64
+import csv
 import io
 import json
 
@@ -21,6 +24,18 @@ def png(colour):
     return file.getvalue()
 
 
+def write_tsv(path, rows):
+    """As VLMEvalKit's: a picture in base64 the first time, then the index of that row."""
+    first = {}
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter="\t")
+        writer.writeheader()
+        for row in rows:
+            seen = first.setdefault(row["image"], row["index"])
+            own = base64.b64encode(png(row["image"])).decode() if seen == row["index"] else seen
+            writer.writerow({**row, "image": own})
+
+
 def write_parquet(path, rows):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
@@ -38,27 +53,86 @@ def answered(benchmark, questions, texts):
     return [{**asked.record, field: text} for asked, text in zip(questions, texts, strict=True)]
 
 
-def test_the_shards_of_a_parquet_table_are_one(tmp_path):
+def test_hallusionbench_tsv(tmp_path):
+    rows = []
+    for number, (index, answer) in enumerate(
+        [("0_0", "Yes"), ("0_1", "No"), ("1_0", "No"), ("1_1", "Yes")]
+    ):
+        rows.append(
+            {
+                "index": f"hallusion_VD_illusion_7_{index}",
+                "category": "VD",
+                "l2-category": "illusion",
+                "question": f'Is "it"\tlonger\u2028, {number}?',
+                "answer": answer,
+                "image": COLOURS[number // 2],
+            }
+        )
+    write_tsv(tmp_path / "HallusionBench.tsv", rows)
+    questions = ask("hallusionbench", tmp_path)
+    assert [asked.prompt for asked in questions] == [row["question"] for row in rows]
+    assert colour_of(questions[0]) == colour_of(questions[1]) == (255, 0, 0)
+    assert colour_of(questions[3]) == (0, 128, 0)
+    place = {"subcategory": "illusion", "set_id": "7", "figure_id": "1", "question_id": "0"}
+    assert place.items() <= questions[2].record.items() and "image" not in questions[2].record
+    answers = answered("hallusionbench", questions, ["Yes.", "no", "No, it is not", "no"])
+    found = score("hallusionbench", answers, tmp_path)
+    assert found["metrics"] == {"qAcc": 50.0, "fAcc": 50.0, "aAcc": 75.0}
+
+
+def test_mmstar_tsv_and_the_shards_of_a_parquet_table_are_asked_alike(tmp_path):
     rows = []
     for number, colour in enumerate(("red", "green", "red")):
         rows.append(
             {
                 "index": str(number),
                 "question": "Which?\nOptions: A: cat, B: dog",
-                "image": {"bytes": png(colour), "path": None},
+                "image": colour,
                 "answer": "AB"[number % 2],
                 "category": "math",
                 "l2_category": "geometry",
                 "bench": "MMStar",
             }
         )
-    (tmp_path / "data").mkdir()
+    (tmp_path / "parquet" / "data").mkdir(parents=True)
     for number, part in enumerate((rows[:2], rows[2:])):
-        write_parquet(tmp_path / "data" / f"val-0000{number}-of-00002.parquet", part)
-    questions = ask("mmstar", tmp_path)
-    assert [colour_of(asked)[0] for asked in questions] == [255, 0, 255]
-    metrics = score("mmstar", answered("mmstar", questions, ["A", "A", "A"]), tmp_path)["metrics"]
-    assert metrics["overall"] == pytest.approx(200 / 3)
+        part = [{**row, "image": {"bytes": png(row["image"]), "path": None}} for row in part]
+        write_parquet(tmp_path / "parquet" / "data" / f"val-0000{number}-of-00002.parquet", part)
+    write_tsv(tmp_path / "MMStar.tsv", rows)
+    results = []
+    for folder in (tmp_path, tmp_path / "parquet"):
+        questions = ask("mmstar", folder)
+        assert [colour_of(asked)[0] for asked in questions] == [255, 0, 255]
+        answers = answered("mmstar", questions, ["A", "A", "A"])
+        results.append((answers, score("mmstar", answers, folder)["metrics"]))
+    assert results[0] == results[1] and results[0][1]["overall"] == pytest.approx(200 / 3)
+    text = (tmp_path / "MMStar.tsv").read_text()
+    (tmp_path / "MMStar.tsv").write_text(text.replace("\t0\tA\t", "\t9\tA\t"))
+    with pytest.raises(UserError, match="MMStar.tsv: .* row 2: its image '9'"):
+        ask("mmstar", tmp_path)
+
+
+def test_amber_tsv_has_the_yes_no_questions(tmp_path):
+    kinds = ["discriminative-hallucination", "discriminative-attribute-state", "relation"]
+    rows = []
+    for number, (kind, answer) in enumerate(zip(kinds, ("No", "Yes", "Yes"))):
+        rows.append(
+            {
+                "index": str(number),
+                "category": kind,
+                "question": f"Is it {number}?",
+                "answer": answer,
+                "image": "blue",
+            }
+        )
+    write_tsv(tmp_path / "AMBER.tsv", rows)
+    assert len(ask("amber", tmp_path, dimension="dr")) == 1
+    questions = ask("amber", tmp_path)
+    answers = answered("amber", questions, ["No", "Yes", "No"])
+    metrics = score("amber", answers, tmp_path)["metrics"]
+    assert metrics["discriminative"]["Accuracy"] == 66.6  # the official 0.001 in the denominator
+    assert metrics["existence"]["Accuracy"] == pytest.approx(99.9)
+    assert "generative" not in metrics  # there are no captions, and no word lists
 
 
 # --- POPE -----------------------------------------------------------------------------------------
@@ -137,6 +211,31 @@ def test_pope_is_read_from_parquet(tmp_path):
     assert colour_of(questions[1]) == (0, 128, 0)
     metrics = score("pope", answered("pope", questions, ["yes"] * 2), tmp_path)["metrics"]
     assert metrics["random"]["accuracy"] == 100 and metrics["popular"]["accuracy"] == 0
+
+
+def test_pope_tsv_asks_a_question_in_each_of_its_categories(tmp_path):
+    rows = []
+    for number, categories in enumerate(("adversarial,popular,random", "random")):
+        rows.append(
+            {
+                "index": str(number),
+                "category": categories,
+                "question": "Is there a cat in the image?",
+                "answer": ("Yes", "No")[number],
+                "image": COLOURS[number],
+            }
+        )
+    write_tsv(tmp_path / "POPE.tsv", rows)
+    questions = ask("pope", tmp_path)
+    assert [asked.record["category"] for asked in questions] == [
+        "adversarial",
+        "popular",
+        "random",
+        "random",
+    ]
+    assert colour_of(questions[3]) == (0, 128, 0)
+    metrics = score("pope", answered("pope", questions, ["yes"] * 4), tmp_path)["metrics"]
+    assert metrics["random"]["accuracy"] == 50 and metrics["popular"]["accuracy"] == 100
 
 
 def test_a_category_without_its_file_is_an_error(pope):

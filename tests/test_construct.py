@@ -47,7 +47,7 @@ def test_build_makes_records_that_training_takes(serve, pairs, llava, capfd):
     assert len(bodies) == len(models)
     everything = "".join(capfd.readouterr())
     everything += "".join(p.read_text(errors="replace") for p in folder.rglob("*") if p.is_file())
-    assert "3 records" in everything and KEY not in everything
+    assert "rejected: word overlap" in everything and KEY not in everything
 
 
 def test_images_outside_the_data_folder_are_not_sent(serve, pairs, capfd):
@@ -196,6 +196,18 @@ def test_local_captioner_and_policy(serve, pairs, llava, monkeypatch):
     assert {e["id"]: e["text"] for e in lines(logs / "samples.jsonl")} == samples
 
 
+def test_lengths_and_overlaps_are_shares_of_words():
+    record = {"chosen": "A cat and a dog.", "rejected": "a cat", "contrast_chosen": "Two mice sat"}
+    found = review.figures([record, {"chosen": "Yes", "rejected": "yes."}])
+    assert found == {
+        "chosen: words": [5, 1],
+        "rejected: length ratio": [2 / 5, 1],
+        "rejected: word overlap": [4 / 7, 1],
+        "contrast_chosen: length ratio": [3 / 5],
+        "contrast_chosen: word overlap": [0],
+    }
+
+
 def test_report_is_one_page_that_needs_nothing_else(serve, pairs):
     url, _ = serve(oracle)
     responses.main(build_args(pairs, url))
@@ -213,3 +225,4 @@ def test_report_is_one_page_that_needs_nothing_else(serve, pairs):
     assert not re.search(r"(src|href)=\"(?!data:)|https?://|<script", page)
     assert "<mark>square and a dog.</mark>" in page and "<mark>green</mark> square" in page
     assert "“a red square” → “a green square”" in page
+    assert page.count("rejected: word overlap") == 3  # of all, in the table, and of each record

@@ -13,6 +13,7 @@ from conftest import FIXTURES
 from construct import contrast
 from data import embed, nearest
 from support.images import moco, noise
+from support.records import Records
 
 MADE = ("crop", "crop-large", "black", "noise", "moco")
 VISION = dict(
@@ -159,6 +160,52 @@ def test_records_keep_their_fields_and_images_without_a_partner_are_left_out(fol
     assert lines(folder / "out.jsonl") == [] and "2 left out" in capsys.readouterr().out
 
 
+def test_images_of_a_group_are_never_paired(folder, capsys):
+    path = folder / "in.jsonl"
+    records = [{"image": f"{i}.png", "scene": (0, 1, 0, 0, 1)[i]} for i in range(5)]
+    path.write_text("\n".join(map(json.dumps, records)))
+    partners = {image: set() for image in range(5)}
+    for seed in range(30):
+        out = folder / "out.jsonl"
+        run(path, "--out", out, "--kind", "random", "--group", "scene", "--seed", seed)
+        for record in lines(out):
+            partners[int(record["image"][0])].add(int(record["contrast_image"][0]))
+    even, odd = {0, 2, 3}, {1, 4}
+    assert partners == {0: odd, 1: even, 2: odd, 3: odd, 4: even}
+    path.write_text("\n".join(json.dumps(record | {"scene": 0}) for record in records))
+    run(path, "--out", out, "--kind", "random", "--group", "scene")
+    assert lines(out) == [] and "5 left out" in capsys.readouterr().out
+    path.write_text("\n".join(json.dumps({"image": "0.png", "scene": i}) for i in range(2)))
+    run(path, "--out", out, "--kind", "random", "--group", "scene", code=2)
+    assert "in.jsonl:2: --group scene" in capsys.readouterr().err
+    run(path, "--out", out, "--kind", "random", "--group", "scnee", code=2)
+    assert "in.jsonl:1: there is no field scnee" in capsys.readouterr().err
+
+
+SYMMPO_NAMES = ("question", "image_1", "image_2", "resp_1_w", "resp_1_l", "resp_2_w")
+OUR_NAMES = ("prompt", "image", "contrast_image", "chosen", "rejected", "contrast_chosen")
+
+
+@pytest.mark.parametrize("names", [OUR_NAMES, SYMMPO_NAMES, "xabcde"])
+def test_a_response_to_another_contrast_image_is_left_out(folder, capsys, names):
+    """Else SymMPO would train on what is said of a picture that is not there."""
+    values = ("What?", "0.png", "1.png", "yes", "no", "of the other one")
+    records = [dict(zip(names, values)) | {"changes": ["of the other one"]} for _ in range(2)]
+    records.append(dict(zip(names[:5], values)))
+    (folder / "in.jsonl").write_text("\n".join(map(json.dumps, records)))
+    fields = ",".join(f"{ours}={theirs}" for ours, theirs in zip(OUR_NAMES, names))
+    mapped = ["--fields", fields] if names == "xabcde" else []
+    run(folder / "in.jsonl", "--out", folder / "out.jsonl", "--kind", "black", *mapped)
+    said = capsys.readouterr().out
+    assert said.count("contrast_chosen") == 1 and "of 2 records" in said and "responses" in said
+    text = (folder / "out.jsonl").read_text()
+    assert "of the other one" not in text and "resp_2_w" not in text
+    for number, record in enumerate(Records(folder / "out.jsonl")):
+        assert record["contrast_image"] == f"out/{number:06d}.png"
+        assert "contrast_chosen" not in record and record["rejected"] == "no"
+        assert record["unread"] == []
+
+
 def test_texts_that_no_encoding_knows_survive(folder):
     (folder / "in.jsonl").write_text('{"image": "0.png", "prompt": "\\ud800 é"}')
     run(folder / "in.jsonl", "--out", folder / "out.jsonl", "--kind", "black")
@@ -224,6 +271,16 @@ def test_every_encoder_family_finds_neighbours_and_no_duplicates(folder, encoder
     assert vectors.norm(dim=1).allclose(torch.ones(8))
     near = round(float(vectors[4] @ vectors[int(found["4.png"]["contrast_image"][0])]), 4)
     assert near == pytest.approx(found["4.png"]["similarity"], abs=1e-4)
+    (folder / "in.jsonl").write_text(
+        "\n".join(json.dumps({"image": f"{i}.png", "scene": i % 2}) for i in range(8))
+    )
+    command = [folder / "in.jsonl", "--out", folder / "out.jsonl", "--encoder", encoder]
+    run(*command, "--group", "scene")
+    grouped = lines(folder / "out.jsonl")
+    assert all((int(r["image"][0]) + int(r["contrast_image"][0])) % 2 for r in grouped)
+    floor = sorted(r["similarity"] for r in grouped)[len(grouped) // 2] - 1e-4
+    run(*command, "--group", "scene", "--min-sim", floor)
+    assert lines(folder / "out.jsonl") == [r for r in grouped if r["similarity"] >= floor]
 
 
 def test_embeddings_are_cached_by_content(folder, encoder):
@@ -237,6 +294,19 @@ def test_embeddings_are_cached_by_content(folder, encoder):
     changed, _ = embed(files, encoder, folder / "cache", batch=4)
     assert len(list((folder / "cache").iterdir())) == 3
     assert torch.equal(first[:6], changed[:6]) and not torch.allclose(first[6], changed[6])
+
+
+def test_noise_takes_a_step_of_the_schedule(folder, capsys):
+    off = []
+    for step in (1, 500, 1000):
+        run(folder, "--kind", "noise", "--out", folder / f"{step}.jsonl", "--step", step)
+        made, given = Image.open(folder / f"{step}/000000.png"), Image.open(folder / "0.png")
+        off.append(np.abs(np.asarray(made, float) - np.asarray(given, float)).mean())
+    assert off[0] < 2 < 20 < off[1] < off[2]
+    run(folder, "--kind", "noise", "--out", folder / "out.jsonl")
+    assert (folder / "out/000000.png").read_bytes() == (folder / "500/000000.png").read_bytes()
+    run(folder, "--kind", "noise", "--out", folder / "out.jsonl", "--step", 2000, code=2)
+    assert "--step" in capsys.readouterr().err
 
 
 def test_an_output_without_a_suffix_is_named(folder, tmp_path, capsys):

@@ -675,6 +675,25 @@ def test_run_goes_on_where_it_stopped_and_refuses_other_settings(llava, amber, t
     ]
 
 
+def test_the_report_has_a_picture_of_its_columns(tmp_path):
+    heights = {}
+    for name, value in (("high", 80.0), ("low", 20.0)):
+        made = {"benchmark": "amber", "name": name, "reading": "", "metrics": {}}
+        made["metrics"]["discriminative"] = {"Accuracy": value}
+        save(tmp_path / f"{name}.json", made)
+    run("report", tmp_path / "high.json", tmp_path / "low.json", "--out", tmp_path)
+    picture = np.asarray(Image.open(tmp_path / "report.png").convert("RGB")).astype(int)
+    for name, color in (("high", (68, 1, 84)), ("low", (253, 231, 37))):
+        is_bar = np.abs(picture[:, :-110] - color).sum(axis=2) < 10  # (H, W), without the legend
+        heights[name] = is_bar.sum(axis=0).max()
+        assert is_bar[:, :200].any() == (name == "high")  # each in its place
+    assert heights["high"] == pytest.approx(4 * heights["low"], rel=0.1) and heights["low"] > 20
+    empty = {"benchmark": "amber", "name": "none", "reading": "", "metrics": {"relation": {}}}
+    (tmp_path / "of_no_column").mkdir()
+    run("report", save(tmp_path / "none.json", empty), "--out", tmp_path / "of_no_column")
+    assert [path.name for path in (tmp_path / "of_no_column").iterdir()] == ["report.md"]
+
+
 def test_an_adapter_is_a_row_beside_its_base(llava, adapter, amber, tmp_path, capsys):
     command = ["run", "--benchmark", "amber", "--model", llava, "--data", amber]
     short = ["--max-new-tokens", 5, "--limit", 4]
@@ -1046,11 +1065,15 @@ def test_judgements_that_nobody_can_read_are_counted_and_never_all_scored():
         score("hallusionbench", rows, ".", ["hm", "hm"])
 
 
-def test_hallusionbench_image_questions_alone_are_refused():
-    """VS's questions of figure 0 have no image, and what the others are compared with is theirs."""
-    rows = [hallusion(0, 0, "yes"), hallusion(1, 0, "yes", category="VS")]
+def test_hallusionbench_image_questions_alone():
+    """Without VS's questions of figure 0 there is no qAcc, and the row says why."""
+    rows = [hallusion(0, 0, "yes"), hallusion(1, 0, "no", "0")]
+    rows += [hallusion(1, 0, "yes", category="VS"), hallusion(2, 0, "no", category="VS")]
+    found = score("hallusionbench", rows, ".")
+    assert found["metrics"] == {"fAcc": 75.0, "aAcc": 75.0}
+    assert "image questions alone" in found["reading"]
     with pytest.raises(UserError, match="none like it of figure 0"):
-        score("hallusionbench", rows, ".")
+        score("hallusionbench", rows[1:], ".")
 
 
 def test_give_up_settles_a_few_requests_and_says_so(serve, tmp_path, capsys):

@@ -331,6 +331,17 @@ def test_transparency_is_white_and_deep_pictures_are_scaled_by_what_is_there(tmp
     assert np.asarray(open_image("f.tiff", tmp_path))[0, :, 0].tolist() == [0, 128, 255]
 
 
+def test_only_formats_of_the_list_are_opened(tmp_path):
+    """Records come from anywhere, and not every reader of Pillow is safe."""
+    for form in "PNG JPEG MPO WEBP GIF BMP TIFF PPM JPEG2000 TGA ICO".split():
+        picture().save(tmp_path / "a", form)
+        assert open_image("a", tmp_path).getpixel((0, 0))
+    for form in ("EPS", "PCX", "SGI", "PDF"):
+        picture().save(tmp_path / "b", form)
+        with pytest.raises(UserError, match="not a readable image"):
+            open_image("b", tmp_path)
+
+
 def test_a_long_text_chunk_is_no_reason_to_refuse_a_picture(tmp_path):
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", "x" * 2_000_000, zip=True)
@@ -390,12 +401,18 @@ def test_check_says_what_will_be_trained(folder, capsys):
         assert line in text, line
 
 
-def test_check_shows_a_record_and_says_which_length_takes_all(folder, tmp_path, capsys):
+def test_check_shows_a_record_and_the_longest_and_writes_a_page(folder, tmp_path, capsys):
     save_llava15(tmp_path / "model")
     long = {**PLAIN, "image": "1.png", "prompt": "Is there a cup or a fork or a knife there?"}
     path = write(folder / "prefs.jsonl", PLAIN, long, {**PLAIN, "image": "2.png"})
-    code, text = check(capsys, path, "--model", tmp_path / "model")
-    assert code == 0 and "label chosen (" in text and "label rejected (" in text
+    page = tmp_path / "page.html"
+    code, text = check(capsys, path, "--model", tmp_path / "model", "--page", page)
+    assert code == 0 and "label chosen (" in text and text.count("label rejected (") == 2
+    assert f"{path}:1, " in text and f"{path}:2, " in text and "a fork or a knife" in text
+    assert page.read_text().count("<article>") == 3
+    assert "Is there a cup or" in page.read_text()
+    _, text = check(capsys, path, "--model", tmp_path / "model", "--show", 1)
+    assert text.count("label rejected (") == 1 and "a fork or a knife" in text
     tokens = int(re.search(r"length, tokens: .* max (\d+)", text)[1])
     _, text = check(capsys, path, "--model", tmp_path / "model", "--max-length", tokens - 1)
     assert "3 records, 1 bad" in text and f"--max-length {tokens} would take all" in text

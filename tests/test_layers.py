@@ -30,6 +30,7 @@ MAY_IMPORT = {
 # What may also be imported inside functions: where a model answers.
 INSIDE_FUNCTIONS = {
     "benchmarks/answers.py": ("vlm",),
+    "data.py": ("construct",),
     "evaluate.py": ("vlm",),
     "train.py": ("benchmarks",),
 }
@@ -140,7 +141,7 @@ def test_speed_is_four_small_files():
 def test_everything_is_small():
     counted = [path for path in files() if owner(path) != "notebooks"]
     tokens = sum(lines_and_tokens(path)[1] for path in counted)
-    assert tokens <= 47_600
+    assert tokens <= 50_900
 
 
 def test_nothing_else_stands_at_the_root():

@@ -445,6 +445,8 @@ def test_help_has_every_option():
     assert time.time() - began < 6  # two seconds for torch, and a busy machine
     for flag in ("--model", "--no-share-prefix", "--skip-bad", "--lora-alpha", "--gamma"):
         assert flag in text
+    run, loss = text.split("loss; without them, the objective's own:")
+    assert "--beta BETA " in loss and "--workers WORKERS " in run and "--beta BETA " not in run
 
 
 def test_adapter_loads_with_peft(fit, llava, prefs, tmp_path):

@@ -15,7 +15,7 @@ noun is lemmatised before it is looked up, as officially: so the scorer never me
 
 from collections import Counter, defaultdict
 
-from benchmarks.common import HERE, Case, find, need_fields, question_about, read
+from benchmarks.common import HERE, Case, find, need_fields, question_about, read, rows_of
 from benchmarks.words import noun_reader, similarity
 from support.cli import UserError
 
@@ -38,7 +38,10 @@ def questions(folder, settings):
     captions = []
     yes_no = []
     wanted = set(PARTS["of_dimension"][settings.dimension])
-    for row in read(find(folder, "query/query_all.json")):
+    rows = list(notes.values())
+    if "query" not in rows[0]:
+        rows = read(find(folder, "query/query_all.json"))
+    for row in rows:
         kind = notes[row["id"]]["type"]
         if wanted.isdisjoint(PARTS["of_type"][kind]):
             continue
@@ -49,8 +52,17 @@ def questions(folder, settings):
 
 
 def notes_of(folder):
-    """{id: what the annotators say of the question}."""
-    return dict(enumerate(read(find(folder, "annotations.json")), start=1))
+    """{id: what the annotators say of the question}; VLMEvalKit's TSV has the yes/no questions
+    alone, and each beside its note."""
+    rows = rows_of(folder, "annotations.json", "AMBER.tsv")
+    if "index" not in rows[0]:
+        return dict(enumerate(rows, start=1))
+    notes = {}
+    for row in rows:
+        number = int(row["index"])
+        note = {"id": number, "type": row["category"], "truth": row["answer"]}
+        notes[number] = {**note, "query": row["question"], "image": row["image"]}
+    return notes
 
 
 def score(answers, folder, settings):

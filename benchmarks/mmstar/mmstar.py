@@ -18,7 +18,7 @@ from benchmarks.common import HERE, Case, need_fields, percent, question_about, 
 from support.cli import UserError
 
 ITEMS, ANSWER, JUDGE = 1500, "prediction", "none"
-FILES = ("mmstar.json*", "*.parquet")
+FILES = ("mmstar.json*", "MMStar.tsv", "*.parquet")
 COLUMNS = {"Overall↑": "overall"}
 SUFFIX = {  # what is asked behind a question
     "symmpo": "\nAnswer the question directly.",

@@ -33,24 +33,25 @@ SUFFIX = {"symmpo": "\nAnswer the question using a single word or phrase.", "off
 def questions(folder, settings):
     asked = []
     for row in published_rows(folder):
-        record = {
-            "question_id": row["question_id"],
-            "picture": row.get("picture"),
-            "question": row["question"],
-            "label": row["answer"].lower(),
-            "category": row["category"].lower(),
-            "image": row["image"],
-        }
-        prompt = row["question"] + SUFFIX[settings.protocol]
-        asked.append(question_about(record, folder, "val2014", settings, prompt))
+        for category in row["category"].split(","):  # a TSV has a question of all three once
+            record = {
+                "question_id": row.get("question_id", row.get("index")),
+                "picture": row.get("picture"),
+                "question": row["question"],
+                "label": row["answer"].lower(),
+                "category": category.strip().lower(),
+                "image": row["image"],
+            }
+            prompt = row["question"] + SUFFIX[settings.protocol]
+            asked.append(question_about(record, folder, "val2014", settings, prompt))
     return asked
 
 
 def published_rows(folder):
-    """Those of the three files, or of the hub's parquet, in the latter's words. "picture" is the
-    image's name, by which RePOPE knows a question."""
+    """Those of the three files, or of VLMEvalKit's TSV or the hub's parquet, in the latter's words.
+    "picture" is the image's name, by which RePOPE knows a question."""
     if not Path(folder, FIRST).is_file():
-        return rows_of(folder, "*.parquet", FIRST)
+        return rows_of(folder, "POPE.tsv", "*.parquet", FIRST)
     rows = []
     for category in CATEGORIES:
         for row in read(find(folder, f"coco_pope_{category}.json")):
