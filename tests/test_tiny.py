@@ -117,12 +117,14 @@ def test_records_say_what_the_captioner_sees(name, see):
         else:
             assert {r["chosen"], r["rejected"]} == {"Yes", "No"}
             assert r["contrast_chosen"] == r["rejected"] and r["prompt"] in QUESTIONS
-    assert 0.85 < said[True] / shown[True] < 0.95 and 0.02 < said[False] / said[True] < 0.1
+    assert 0.82 < said[True] / shown[True] < 0.95 and 0.02 < said[False] / said[True] < 0.1
 
 
 def test_a_captioner_without_errors_tells_the_truth():
     scene = place(7, {0: ("cup", "red"), 1: ("cake", "blue"), 8: ("fork", "black")})
     assert glimpse(scene, 0) == scene and caption(scene).startswith("a red cup next to a blue cake")
+    full = place(7, {cell: (NOUNS[cell], "red") for cell in range(9)})
+    assert set(names(glimpse(full, 1))) - set(names(full)) == set(NOUNS[9:])  # no other is left
     views = [glimpse(place(look, scene["cells"]), 0.4) for look in range(500)]
     found = [noun for view in views for noun in names(view)]
     assert 0.55 < sum(noun in names(scene) for noun in found) / 1500 < 0.66

@@ -129,7 +129,7 @@ def glimpse(scene, error):
         luck = rng.random()
         if luck < error / 2:
             continue  # missed
-        if luck < error:
+        if luck < error and absent:
             noun = absent.pop()
         seen[cell] = noun, color
     return place(scene["look"], seen or scene["cells"])
