@@ -33,19 +33,27 @@ def collect(out, name, state, paper, options):
         "false objects that keeps four fifths of the coverage (tiny world)",
     }
     write_json(Path(out, "results.json"), {**facts, "rows": rows})
+    if name == "calibrate":
+        report.write(files, out, paper, differences=True)
+        return
     known = report.published(paper, results[0]["model"])
     headings = {}
-    for row in (rows | known).values():
+    for row in rows.values():
         headings |= dict.fromkeys(row)
+    table = "\n".join(report.table(rows | known, known, headings, {}))
     text = f"# {name}\n\n"
     for key, value in facts.items():
         text += f"- {key}: {value}\n"
-    text += "\n" + "\n".join(report.table(rows | known, known, headings, {})) + "\n"
-    write_atomically(Path(out, "results.md"), text)
-    if state == "finished":
-        report.write(files, out, paper, differences=name == "calibrate")
+    write_atomically(Path(out, "results.md"), f"{text}\n{table}\n")
     if any(" @ " in label for label in rows):
-        draw_lines(rows, Path(out, "report.png"))
+        draw_lines(rows, Path(out, "results.png"))
+    else:
+        own = results[0]["model"].endswith(
+            "tiny/built/model"
+        )  # beside which no other is comparable
+        report.draw(rows if own else rows | known, headings, Path(out, "results.png"))
+    if state == "finished":
+        print(table)
 
 
 def rows_of(results):
