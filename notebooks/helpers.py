@@ -240,7 +240,7 @@ def write_caption(axis, text, nouns):
     """A caption phrase by phrase, false objects red, bold and marked ✗; in brackets, what it leaves
     out."""
     axis.axis("off")
-    lines = text.split(" and ")
+    lines = text.replace(" next to ", " and next to ").split(" and ")
     for noun in sorted(set(nouns) - set(mentioned(text))):
         lines.append(f"({noun})")
     for k, line in enumerate(lines):
@@ -248,7 +248,7 @@ def write_caption(axis, text, nouns):
         if set(mentioned(line)) - set(nouns):
             line = "✗ " + line
             style = {"color": RED, "weight": "bold"}
-        axis.text(0, 0.9 - 0.17 * k, line, transform=axis.transAxes, **style)
+        axis.text(0, 0.95 - 0.12 * k, line, transform=axis.transAxes, **style)
 
 
 def draw_comparisons(axis, name, slope, pairs):
