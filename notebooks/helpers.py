@@ -35,7 +35,7 @@ THRESHOLD = np.log(1.5)  # |c| beyond which sigma(-c) is not 1/2 to 20 %
 HERE = Path(__file__).resolve().parent
 CROPS = {"crop 20–50 %": CROP_LARGE, "crop 1–20 %": CROP}
 TEMPERATURES = {" T=1": 1.0, "": 0.0}
-TINY = HERE.parent / "tiny" / "built"
+TINY = HERE.parent / "tiny/built"
 
 
 def start():
@@ -70,7 +70,7 @@ class ExactWorld:
     labels = ["∅", "k", "f", "fk", "c", "ck", "cf", "cfk"]
 
     def __init__(self, beta):
-        bit = torch.tensor([0.0, 1.0])
+        bit = torch.arange(2.0)
         sets = torch.cartesian_prod(bit, bit, bit).double()  # (8, 3) cup, fork, knife
         shown = sets[:, None]  # (8, 1, 3) in the images
         named = sets[None]  # (1, 8, 3) in the captions
@@ -232,15 +232,14 @@ def strip(axis, values, rows, columns, limit):
         if abs(value) >= 0.05:
             axis.text(j, i, f"{value:.1f}", **middle)
     axis.set_yticks(range(len(rows)), rows)
-    axis.set_xticks(range(len(columns)))
-    axis.set_xticklabels(columns, rotation=45, ha="right")
+    axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
 
 
 def write_caption(axis, text, nouns):
     """A caption phrase by phrase, false objects red, bold and marked ✗; in brackets, what it leaves
     out."""
     axis.axis("off")
-    lines = text.split(" and ")
+    lines = text.replace(" next to ", " and next to ").split(" and ")
     for noun in sorted(set(nouns) - set(mentioned(text))):
         lines.append(f"({noun})")
     for k, line in enumerate(lines):
@@ -248,7 +247,7 @@ def write_caption(axis, text, nouns):
         if set(mentioned(line)) - set(nouns):
             line = "✗ " + line
             style = {"color": RED, "weight": "bold"}
-        axis.text(0, 0.9 - 0.17 * k, line, transform=axis.transAxes, **style)
+        axis.text(0, 0.95 - 0.12 * k, line, transform=axis.transAxes, **style)
 
 
 def draw_comparisons(axis, name, slope, pairs):

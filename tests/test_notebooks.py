@@ -152,6 +152,24 @@ def test_blank_copies_give_nothing_away(tmp_path, capsys):
                     assert re.search(r"[=:] \.\.\.,?  # yours", line), line
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_no_line_of_a_blank_copy_lost_its_use(path):
+    """What only an assertion read that is gone in the copy would be left to puzzle over."""
+    solved = [text_of(cell) for cell in cells(path, "code")]
+    blanks = [exercises.blank(text) for text in solved]
+    read_in_the_copy = set().union(*[names_in(text, ast.Load) for text in blanks])
+    read = set().union(*[names_in(text, ast.Load) for text in solved])
+    for text in blanks:
+        if "# yours" not in text:
+            idle = (names_in(text, ast.Store) & read) - read_in_the_copy
+            assert not idle, text
+
+
+def names_in(source, context):
+    found = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)]
+    return {node.id for node in found if isinstance(node.ctx, context)}
+
+
 def given_numbers(source):
     """Settings of the code, which outputs may repeat: beta = 0.1."""
     return re.findall(r"(?:=|\(|, |: )([+-]?\d+\.\d+)", source)
