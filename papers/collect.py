@@ -11,6 +11,7 @@ import os
 import platform
 import statistics
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks import report
@@ -28,6 +29,9 @@ def collect(out, name, state, paper, options):
         "state": state,
         "command": f"python -m papers {name} {options}".strip(),
         "date": datetime.date.today().isoformat(),
+        "versions": ", ".join(
+            f"{name} {version(name)}" for name in ("torch", "transformers", "peft")
+        ),
         "machine": f"{platform.platform()}, {os.cpu_count()} cores",
         "rates": "of 1e-4, 3e-4, 1e-3 with seed 100 on validation scenes, the one with the fewest "
         "false objects that keeps four fifths of the coverage (tiny world)",
