@@ -59,3 +59,23 @@ def test_mdpo_and_symmpo_are_not_told_apart(five):
         error[column] = sum(squares) ** 0.5
     shown = f"{error['amber CHAIR↓']:.1f} in CHAIR and {error['amber Cover↑']:.1f} in coverage"
     assert shown in TEXT
+
+
+def test_more_records_buy_little():
+    rows = rows_of("mdpo-figure5")
+    for label in ("SFT", "DPO", "mDPO", "SymMPO"):
+        few, many = rows[f"{label} @ 75"], rows[f"{label} @ 250"]
+        assert abs(mean(few["amber CHAIR↓"]) - mean(many["amber CHAIR↓"])) < 2
+    for size in (75, 250):
+        for label in ("mDPO", "SymMPO"):
+            sft = rows[f"SFT @ {size}"]
+            assert apart(rows[f"{label} @ {size}"], sft, "amber sampled CHAIR↓")
+
+
+def test_imitation_is_as_good_where_the_captioner_does_not_err(five):
+    rows = rows_of("tiny-errors")
+    assert mean(rows["SFT @ 0"]["amber Cover↑"]) > 81.4
+    assert apart(five["SFT"], rows["SFT @ 0"], "amber Cover↑")
+    greedy = [mean(rows[f"{label} @ 0"]["amber CHAIR↓"]) for label in ("SFT", "SymMPO")]
+    assert abs(greedy[0] - greedy[1]) < 1 and 67.9 in rows["mDPO @ 0"]["amber CHAIR↓"]
+    assert apart(rows["SymMPO @ 0"], rows["mDPO @ 0"], "amber Cover↑")
