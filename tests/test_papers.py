@@ -86,7 +86,7 @@ def test_a_table_is_made_once_and_goes_on_where_it_stopped(llava, prefs, tmp_pat
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert results["state"] == "finished" and list(results["rows"]) == ["SymMPO"]
     made = json.loads((tmp_path / "out/SymMPO-0/amber-captions/metrics.json").read_text())
-    assert made["row"] == "SymMPO" and "| SymMPO" in (tmp_path / "out/report.md").read_text()
+    assert made["row"] == "SymMPO" and "| SymMPO" in (tmp_path / "out/results.md").read_text()
     again = subprocess.run(command, capture_output=True, text=True, env=path)
     assert again.returncode == 0 and "python" not in again.stdout.split("|")[0]
     (tmp_path / "out/SymMPO-0/curves.png").unlink()

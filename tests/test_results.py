@@ -79,3 +79,17 @@ def test_imitation_is_as_good_where_the_captioner_does_not_err(five):
     greedy = [mean(rows[f"{label} @ 0"]["amber CHAIR↓"]) for label in ("SFT", "SymMPO")]
     assert abs(greedy[0] - greedy[1]) < 1 and 67.9 in rows["mDPO @ 0"]["amber CHAIR↓"]
     assert apart(rows["SymMPO @ 0"], rows["mDPO @ 0"], "amber Cover↑")
+
+
+def test_what_the_contrast_image_shows_matters():
+    rows = rows_of("symmpo-figure4")
+    lost = {}
+    for label in ("mDPO", "SymMPO"):
+        edit = rows[f"{label} @ edit"]
+        for kind in ("crop", "black"):
+            assert apart(rows[f"{label} @ {kind}"], edit, "amber Cover↑")
+            change = mean(edit["amber Cover↑"]) - mean(rows[f"{label} @ {kind}"]["amber Cover↑"])
+            lost[label, kind] = round(change)
+    assert apart(rows["SymMPO @ edit"], rows["mDPO @ edit"], "amber CHAIR↓")
+    assert lost["mDPO", "crop"] == 11 and lost["SymMPO", "crop"] == 7
+    assert lost["mDPO", "black"] == 9 and lost["SymMPO", "black"] == 7
