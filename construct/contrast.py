@@ -100,6 +100,11 @@ def contrast(args):
     """The command: the records again, each with a contrast image."""
     if not 1 <= args.step <= 1000:
         raise UserError(f"--step {args.step}: must be 1 to 1000")
+    for name, kinds in READ_BY.items():
+        if args.kind not in kinds and getattr(args, name) != getattr(Options, name):
+            raise UserError(
+                f"--{name.replace('_', '-')} is read by --kind {' and '.join(kinds)} alone"
+            )
     out = Path(args.out)
     if not out.suffix:
         raise UserError(f"--out {out}: a file name such as {out}.jsonl; pictures go into {out}/")
@@ -148,6 +153,15 @@ def contrast(args):
             f"contrast_chosen left out of {stale:,} records: it answers for the contrast image "
             "that they had; `python -m construct.responses` writes new ones"
         )
+
+
+READ_BY = {
+    "encoder": ["clip"],
+    "min_sim": ["clip"],
+    "max_sim": ["clip"],
+    "group": ["random", "clip"],
+    "step": ["noise"],
+}
 
 
 @dataclass

@@ -307,6 +307,8 @@ def test_noise_takes_a_step_of_the_schedule(folder, capsys):
     assert (folder / "out/000000.png").read_bytes() == (folder / "500/000000.png").read_bytes()
     run(folder, "--kind", "noise", "--out", folder / "out.jsonl", "--step", 2000, code=2)
     assert "--step" in capsys.readouterr().err
+    run(folder, "--kind", "crop", "--out", folder / "out.jsonl", "--step", 300, code=2)
+    assert "--step is read by --kind noise alone" in capsys.readouterr().err
 
 
 def test_an_output_without_a_suffix_is_named(folder, tmp_path, capsys):
