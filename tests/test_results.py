@@ -93,3 +93,11 @@ def test_what_the_contrast_image_shows_matters():
     assert apart(rows["SymMPO @ edit"], rows["mDPO @ edit"], "amber CHAIR↓")
     assert lost["mDPO", "crop"] == 11 and lost["SymMPO", "crop"] == 7
     assert lost["mDPO", "black"] == 9 and lost["SymMPO", "black"] == 7
+    errors = []
+    for kind in ("crop", "black"):
+        cells = [
+            rows[f"{label} @ {shown}"] for label in ("mDPO", "SymMPO") for shown in ("edit", kind)
+        ]
+        squares = [stdev(row["amber Cover↑"]) ** 2 / 3 for row in cells]
+        errors.append(f"{sum(squares) ** 0.5:.1f}")
+    assert " and ".join(errors) + " points, so three seeds do not decide it" in TEXT
