@@ -287,9 +287,13 @@ def serve(reply):
         def do_POST(self):
             size = int(self.headers["Content-Length"])
             body = json.loads(self.rfile.read(size))
-            *pictures, text = body["messages"][-1]["content"]
+            content = body["messages"][-1]["content"]  # without a picture, the text alone
+            pictures, text = [], content
+            if isinstance(content, list):
+                *pictures, part = content
+                text = part["text"]
             images = [open_image(part["image_url"]["url"]) for part in pictures]
-            message = {"role": "assistant", "content": reply(text["text"], images)}
+            message = {"role": "assistant", "content": reply(text, images)}
             answer = {"choices": [{"message": message, "finish_reason": "stop"}]}
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
