@@ -22,9 +22,11 @@ LINES = ["amber CHAIR↓", "amber Cover↑", "amber sampled CHAIR↓", "amber sa
 
 
 def collect(out, name, state, paper, options):
-    files = Path(out, "rows.part").read_text(encoding="utf-8").splitlines()
-    results = [read(file) for file in dict.fromkeys(files)]
-    rows = rows_of(results)
+    lines = Path(out, "rows.part").read_text(encoding="utf-8").splitlines()
+    titles = [line.split("\t")[0] for line in lines]
+    files = [line.split("\t")[1] for line in lines]
+    results = [read(file) for file in files]
+    rows = rows_of(titles, results)
     facts = {
         "state": state,
         "command": f"python -m papers {name} {options}".strip(),
@@ -60,11 +62,11 @@ def collect(out, name, state, paper, options):
         print(table)
 
 
-def rows_of(results):
+def rows_of(titles, results):
     """{row: {column: [a value of each seed]}}; sampled captions are columns of their own."""
     rows = {}
-    for result in results:
-        label, sampled, _ = result["row"].partition(", sampled")
+    for title, result in zip(titles, results):
+        label, sampled, _ = title.partition(", sampled")
         row = rows.setdefault(label, {})
         found = report.row_of(result)
         for kind, value in result["metrics"].get("types", {}).items():

@@ -1,6 +1,7 @@
 # What the tables share. A table says `measure BENCHMARKS`, then `row LABEL OPTIONS-OF-TRAIN.PY` for
 # each row (without options: the base model), then `finish`. What is finished is not run again, so a
-# killed table goes on; until then results.md says that it is unfinished.
+# killed table goes on; until then results.md says that it is unfinished. On the tiny world two tables
+# that have a row in common train it once.
 #
 # "LABEL @ X" is a point of LABEL's line in the figure. Between rows a table may choose other records:
 # `first N`, `contrast KIND`, `records FILE`, `tiny_records NAME OPTIONS`.
@@ -44,6 +45,10 @@ chosen=(--data "${data:-$bundled}")
 first() { # N: the first records of the file
     local from=${data:-$bundled} to=$out/data/first-$1.jsonl
     [[ $from == *.jsonl && -f $from ]] || [ -n "$dry" ] || stop "$from: one file of JSON lines is needed"
+    if [ -f "$from" ] && [ "$(wc -l <"$from")" = "$1" ]; then
+        chosen=(--data "$from")
+        return
+    fi
     chosen=(--data "$to" --image-root "$(dirname "$from")")
     [ -z "$dry" ] || return 0
     mkdir -p "$out/data" && head -n "$1" "$from" >"$to"
@@ -91,12 +96,17 @@ evaluate() { # FOLDER BENCHMARK DATA OPTIONS...
         --benchmark "$2" --data "$3" --out "$1" "${@:4}"
 }
 
+# On the bundled records a choice of options has the same folders for every table.
+shared() { # RATE SEED OPTIONS...
+    local rate=$1 seed=$2 options && shift 2
+    options=${*//[ -]/}
+    echo "$(dirname "$out")/rows/${options// /-}-lr-$rate-$seed"
+}
+
 best_rate() { # OPTIONS...: sets rate, on the validation scenes of the tiny world
     local folder best=-1 score chosen=(--data "$bundled")
-    local tried="$(dirname "$out")/tuning/${*//[ -]/}"
-    tried=${tried// /-}
     for try in 1e-4 3e-4 1e-3; do
-        folder=$tried-$try
+        folder=$(shared "$try" 100 "$@")
         train "$folder" "$@" --seed 100 --lr "$try"
         evaluate "$folder/amber" amber "$benchmarks/amber_val" --dimension g
         [ -n "$dry" ] && rate=BEST && continue
@@ -110,8 +120,8 @@ print(round(1000 - 10 * found['CHAIR']) if found['Cover'] > 66.8 else 0)" "$fold
     done
 }
 
-row() {
-    local label=$1 rate=$lr last=$seeds adapter=() folder && shift
+row() { # LABEL OPTIONS-OF-TRAIN.PY...: sets folder
+    local label=$1 rate=$lr last=$seeds adapter=() && shift
     if [ $# = 0 ]; then
         last=1
     elif [ -n "$model" ]; then
@@ -122,6 +132,9 @@ row() {
     for seed in $(seq 0 $((last - 1))); do
         folder=$out/$label${rate:+-lr-$rate}-$seed
         folder=${folder// /}
+        if [ -z "$model" ] && [ $# -gt 0 ] && [ "${chosen[*]}" = "--data $bundled" ]; then
+            folder=$(shared "$rate" "$seed" "$@")
+        fi
         [ $# = 0 ] || train "$folder" "$@" --seed "$seed" ${rate:+--lr "$rate"}
         for benchmark in "${measured[@]}"; do
             local title="$label${rate:+, lr $rate}" options=("${judge[@]}")
@@ -134,7 +147,7 @@ row() {
             local data_of="$benchmarks/${benchmark%-*}"
             [ -d "$data_of" ] || continue # the table has no such columns
             evaluate "$folder/$benchmark" "${benchmark%-*}" "$data_of" "${options[@]}" --row "$title"
-            echo "$folder/$benchmark/metrics.json" >>"$out/rows.part"
+            printf '%s\t%s\n' "$title" "$folder/$benchmark/metrics.json" >>"$out/rows.part"
         done
     done
     show unfinished

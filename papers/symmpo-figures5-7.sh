@@ -4,10 +4,11 @@ seeds=1
 measure mmhal objhal
 [ -n "$model" ] || measure amber-captions
 row base
+before=$folder
 row SymMPO --objective symmpo
 run "$out/records.html" -m construct.review "${data:-$bundled}" --out "$out/records.html"
 for benchmark in "${measured[@]}"; do
-    folders=("$out/base-0/$benchmark" "$out/SymMPO-0/$benchmark")
+    folders=("$before/$benchmark" "$folder/$benchmark")
     [ -n "$dry" ] || [ -e "${folders[0]}" ] || continue
     run "$out/$benchmark.html" evaluate.py page "${folders[@]/%//answers.jsonl}" \
         --data "$benchmarks/${benchmark%-*}" --out "$out/$benchmark.html"
