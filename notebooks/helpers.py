@@ -149,10 +149,9 @@ def contrasts(record, scenes, seed=0):
 
 def cell_numbers():
     """A picture whose pixels say in which of the nine cells they are."""
-    numbers = np.arange(9).reshape(3, 3)
-    cell = np.ones((CELL, CELL))
-    pixels = np.kron(numbers, cell)
-    return Image.fromarray(pixels.astype(np.uint8))
+    numbers = np.arange(9, dtype=np.uint8).reshape(3, 3)
+    wide = numbers.repeat(CELL, axis=1)
+    return Image.fromarray(wide.repeat(CELL, axis=0))
 
 
 def show_pictures(pictures):
@@ -225,8 +224,8 @@ def train_all(runs):
 
 def strip(axis, values, rows, columns, limit):
     """Numbers on a purple (positive) to orange (negative) strip, written where they are not 0."""
-    pale = 2 * limit  # black figures stay legible
-    axis.imshow(values, cmap="PuOr", vmin=-pale, vmax=pale, aspect="auto")
+    dark = 1.5 * limit  # black figures stay legible
+    axis.imshow(values, cmap="PuOr", vmin=-dark, vmax=dark, aspect="auto")
     middle = {"ha": "center", "va": "center", "size": 12}
     for (i, j), value in np.ndenumerate(values):
         if abs(value) >= 0.05:
