@@ -93,7 +93,8 @@ def test_exact(family):
 
 def all_in_one(row_of, branch, like):
     """A segment in which every token sees all before it."""
-    return [(slice(0, 0), slice(0, len(branch)), None)]
+    whole = slice(0, len(branch))
+    return [(whole, whole, None)]
 
 
 @pytest.mark.parametrize("family", ["llava", "internvl"])

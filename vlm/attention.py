@@ -1,41 +1,59 @@
 """Attention over a packed sequence in segments, without a mask over all of it.
 
-The mask of logprobs.py hides most of what a kernel computes: responses from each other, rows from
-each other, the future. In segments it is not computed at all (numbers: order of the calls):
+The mask of logprobs.py hides much of what a kernel computes: rows from each other, the future, the
+responses from the prefix. In segments a row takes two calls, whose keys stand side by side in the
+sequence, so that nothing is copied for them (numbers: order of the calls):
 
                  keys:   prefix  y_w  y_l  y'_w
     queries: prefix      1\\
-             y_w         2 # #   2\\
-             y_l         3 # #        3\\
-             y'_w        4 # #             4\\
+             y_w         2 # #   \\
+             y_l         2 # #        \\
+             y'_w        2 # #             \\
 
-1 is causal attention of the prefix over itself. 2 is attention of y_w over [prefix | y_w], causal
-in its last part, and so on. The same numbers to rounding (tests/test_packing.py).
+1 is causal attention of the prefix over itself, by the kernel that skips the future. 2 is attention
+of all responses over the row, under a mask of its own. The same numbers to rounding
+(tests/test_packing.py).
 """
 
 import functools
 import math
-from itertools import groupby
 
 import torch
 
 
+def branch_mask(row_of, branch, like):
+    """(tokens, tokens) of like's dtype and device: 0 where a query may see a key, else -inf.
+
+    row_of, branch: one number a token. Not a boolean mask: attention would make such a float copy
+    of it in every layer, and keep it.
+    """
+    row_of, branch = torch.tensor([row_of, branch])
+    # Row: the query, column: the key.
+    place = torch.arange(len(branch))
+    earlier = place <= place[:, None]
+    same_row = row_of == row_of[:, None]
+    own_response = branch == branch[:, None]
+    in_the_prefix = branch == 0
+    visible = earlier & same_row & (in_the_prefix | own_response)
+    mask = torch.zeros(visible.shape, dtype=like.dtype)
+    mask.masked_fill_(~visible, -math.inf)
+    return mask.to(like.device, non_blocking=True)
+
+
 def segments_of(row_of, branch, like):
-    """(slice of the prefix, slice of the queries, their mask or None) for each piece of a packed
-    sequence; like: a tensor of the mask's dtype and device. row_of, branch: one number a token."""
-    segments, start = [], 0
-    for (_, k), tokens in groupby(zip(row_of, branch)):
-        n = len(list(tokens))
-        own = slice(start, start + n)
-        start = own.stop
-        if k == 0:
-            prefix = own
-            segments.append((slice(0, 0), own, None))  # nothing before it, plain causal
-            continue
-        length = prefix.stop - prefix.start
-        hidden = like.new_full((n, length + n), -math.inf)
-        mask = hidden.triu(length + 1)  # (n, length + n), 0 where a query may see a key
-        segments.append((prefix, own, mask))
+    """(slice of the keys, slice of the queries, their mask or None) for each call."""
+    segments = []
+    start = 0
+    for number in range(row_of[-1] + 1):
+        row = slice(start, start + row_of.count(number))
+        length = branch[row].count(0)
+        prefix = slice(start, start + length)
+        responses = slice(prefix.stop, row.stop)
+        segments.append((prefix, prefix, None))  # None: causal
+        if responses.start < row.stop:  # else all responses are a single token, which predicts none
+            mask = branch_mask(row_of[row], branch[row], like)
+            segments.append((row, responses, mask[length:]))  # (responses' tokens, tokens of row)
+        start = row.stop
     return segments
 
 
@@ -49,10 +67,9 @@ def allow_segments():
         if segments is None:
             return sdpa(module, query, key, value, attention_mask, **options)
         found = []
-        for before, own, mask in segments:
-            keys = torch.cat([key[:, :, before], key[:, :, own]], dim=2)
-            values = torch.cat([value[:, :, before], value[:, :, own]], dim=2)
-            part, _ = sdpa(module, query[:, :, own], keys, values, mask, **options)
+        for keys, own, mask in segments:
+            of_keys = key[:, :, keys], value[:, :, keys]  # (1, heads, keys, width of a head) each
+            part, _ = sdpa(module, query[:, :, own], *of_keys, mask, **options)
             found.append(part)  # (1, queries, heads, width of a head)
         return torch.cat(found, dim=1), None
 

@@ -30,7 +30,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from support.cli import UserError
-from vlm.attention import allow_segments, segments_of
+from vlm.attention import allow_segments, branch_mask, segments_of
 
 CHUNK = 128  # positions whose logits exist at the same time
 PIXELS_ALONE = {"input_ids", "attention_mask", "pixel_values"}  # inputs of which images are a batch
@@ -173,8 +173,7 @@ def packed_logps(model, rows, masked=False):
     embeds = embed(model, rows, ids)  # (1, tokens, width)
     inputs = {"inputs_embeds": embeds, "position_ids": position[None], "use_cache": False}
     if masked:
-        row_of, branch = on_device([row_of, branch], base.device)
-        inputs["attention_mask"] = branch_mask(row_of, branch, embeds.dtype)
+        inputs["attention_mask"] = branch_mask(row_of, branch, embeds)[None, None]
     else:
         allow_segments()
         inputs["segments"] = segments_of(row_of, branch, embeds)
@@ -189,25 +188,6 @@ def on_device(numbers, device):
     """A tensor of numbers there. A GPU goes on with what it does; only a copy that blocks would
     wait for it."""
     return torch.tensor(numbers).to(device, non_blocking=True)
-
-
-def branch_mask(row_of, branch, dtype=torch.float32):
-    """(1, 1, tokens, tokens): 0 where a query may see a key, else -inf.
-
-    None for a single response, where causal attention is right and has the faster kernel. Not a
-    boolean mask: attention would make such a float copy of it in every layer, and keep it.
-    """
-    if row_of[-1] == 0 and branch[-1] <= 1:
-        return None
-    # Row: the query, column: the key.
-    place = torch.arange(len(branch), device=branch.device)
-    earlier = place <= place[:, None]
-    same_row = row_of == row_of[:, None]
-    own_response = branch == branch[:, None]
-    in_the_prefix = branch == 0
-    visible = earlier & same_row & (in_the_prefix | own_response)  # (tokens, tokens)
-    mask = torch.zeros_like(visible, dtype=dtype)
-    return mask.masked_fill(~visible, -math.inf)[None, None]
 
 
 class TokenLogProbs(torch.autograd.Function):
