@@ -236,8 +236,10 @@ def answer_locally(requests, log, path, temperature, max_tokens, batch=8):
                 texts = generate(model, prompts, asked, images, max_tokens, temperature=temperature)
                 for id, name, text in zip(ids, names, texts):
                     entry = {"id": id, "request": name, "model": path, "text": text}
-                    if not text:
-                        entry["reason"] = "malformed reply: empty"
+                    try:
+                        usable_text(text)
+                    except ValueError as error:
+                        entry["reason"] = f"malformed reply: {error}"
                     kept.append(entry)
             for id, name in zip(ids, names):
                 yield id, kept.entries[name][-1]

@@ -196,6 +196,16 @@ def test_local_captioner_and_policy(serve, pairs, llava, monkeypatch):
     assert {e["id"]: e["text"] for e in lines(logs / "samples.jsonl")} == samples
 
 
+def test_a_local_reply_of_nothing_but_thoughts_is_malformed(pairs, llava, tmp_path, monkeypatch):
+    thoughts = "a fork is there</think> "
+    monkeypatch.setattr(responses, "generate", lambda *args, **options: [thoughts])
+    image = str(next(pairs.parent.rglob("*.png")))
+    requests = [("id", "Describe it.", image)]
+    found = responses.answer_locally(requests, tmp_path / "log.jsonl", str(llava), 0.2, 5)
+    ((_, entry),) = found
+    assert entry["reason"] == "malformed reply: empty" and entry["text"] == thoughts
+
+
 def test_lengths_and_overlaps_are_shares_of_words():
     record = {"chosen": "A cat and a dog.", "rejected": "a cat", "contrast_chosen": "Two mice sat"}
     found = review.figures([record, {"chosen": "Yes", "rejected": "yes."}])
