@@ -199,7 +199,7 @@ def test_local_captioner_and_policy(serve, pairs, llava, monkeypatch):
 def test_a_local_reply_of_nothing_but_thoughts_is_malformed(pairs, llava, tmp_path, monkeypatch):
     thoughts = "a fork is there</think> "
     monkeypatch.setattr(responses, "generate", lambda *args, **options: [thoughts])
-    image = str(next(pairs.parent.rglob("*.png")))
+    image = str(pairs.parent / lines(pairs)[0]["image"])
     requests = [("id", "Describe it.", image)]
     found = responses.answer_locally(requests, tmp_path / "log.jsonl", str(llava), 0.2, 5)
     ((_, entry),) = found
