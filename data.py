@@ -124,6 +124,9 @@ class Example:
     key: bytes = b""  # of the reference's log-probs in the cache
     error: UserError | None = None  # why the record is of no use
 
+    def response_tokens(self):
+        return sum(row.tokens() - len(row.prefix()) for row in self.rows)
+
 
 class Examples(torch.utils.data.Dataset):
     """A file's records, tokenised, with their pixels. Read ahead by worker processes."""

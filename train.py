@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 import symmpo
-from data import Examples, held_out, look_at_pairs, read_ahead, records_of_step
+from data import Example, Examples, held_out, look_at_pairs, read_ahead, records_of_step
 from support.checkpoint import RunFolder, means
 from support.cli import UserError, check_numbers, parse, run_command
 from support.reference import ReferenceCache
@@ -381,7 +381,8 @@ def say_hello(run, start):
     """What this run is, before it starts: every number printed is the one that is used.
 
     A prompt and its labels are shown as the model reads them, since a wrong template or a missing
-    end token ruins a run without a word. The record is the first of the first step.
+    end token ruins a run without a word. The record is the first step's one with the longest
+    responses: in single words a response that sees another one would not be noticed.
     """
     options, count = run.options, run.policy.num_parameters
     weights = ", ".join(f"{name} {getattr(run.weights, name)}" for name in run.objective.weights)
@@ -399,12 +400,14 @@ def say_hello(run, start):
         f"output      {options.out}",
     ]
     print("\n".join([*lines, *look_at_pairs(run.examples.records)]))
+    longest = Example(number=-1)
     for number in records_of_step(start, len(run.examples), options):
         example = run.examples[number]
-        if example.error is None:
-            print(run.prompts.describe(example.rows[0]))
-            verify(run, example, start)
-            return
+        if example.response_tokens() > longest.response_tokens():
+            longest = example
+    if longest.rows:
+        print(run.prompts.describe(longest.rows[0]))
+        verify(run, longest, start)
 
 
 # --- the loop -------------------------------------------------------------------------------------

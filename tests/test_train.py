@@ -23,6 +23,7 @@ from conftest import ROOT, save_gemma3
 from data import Examples, build_rows
 from support.files import whole_lines
 from support.reference import ReferenceCache
+from vlm import attention
 from vlm.load import load_adapter, load_model
 from vlm.logprobs import logp_table
 from vlm.prompts import Prompts
@@ -291,6 +292,22 @@ def test_a_wrong_cache_is_refused(fit, tmp_path, capsys):
     with pytest.raises(SystemExit):
         fit()
     assert "the reference and its cache (delete" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_response_that_sees_another_one_is_refused(seed, tmp_path, monkeypatch, capsys):
+    """On the bundled records, of which many are answered in a word: the longest is looked at."""
+
+    def causal(row_of, branch, like):
+        return torch.full((len(branch), len(branch)), -math.inf).triu(1)
+
+    monkeypatch.setattr(attention, "branch_mask", causal)
+    with pytest.raises(SystemExit):
+        train.main(["--seed", str(seed), "--out", str(tmp_path), "--cache", str(tmp_path)])
+    shown = capsys.readouterr()
+    assert "with a shared prefix and without it, log-probs" in shown.err
+    label = re.search(r"label chosen \((\d+) tokens\)", shown.out)
+    assert int(label[1]) > 10
 
 
 def test_step_0_catches_dropout(llava, fit, capsys, monkeypatch):
