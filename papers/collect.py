@@ -46,6 +46,7 @@ def collect(out, name, state, paper, options):
     headings = {}
     for row in rows.values():
         headings |= dict.fromkeys(row)
+    known = {name: row for name, row in known.items() if row.keys() & headings}
     table = "\n".join(report.table(rows | known, known, headings, {}))
     text = f"# {name}\n\n"
     for key, value in facts.items():
