@@ -93,11 +93,17 @@ def draw_lines(rows, path):
     for axis, column in zip(panels, LINES):
         for mark, (label, points) in zip("osD^vP*X", lines.items()):
             means = [statistics.mean(row[column]) for row in points.values()]
-            spread = [statistics.pstdev(row[column]) for row in points.values()]
+            spread = [deviation(row[column]) for row in points.values()]
             axis.errorbar(list(points), means, spread, marker=mark, capsize=3, label=label)
+        if "base" in rows:
+            axis.axhline(statistics.mean(rows["base"][column]), color="black", ls=":", label="base")
         axis.set_title(column)
     axis.legend()
     figure.savefig(path, dpi=110)
+
+
+def deviation(values):
+    return statistics.stdev(values) if len(values) > 1 else 0
 
 
 if __name__ == "__main__":

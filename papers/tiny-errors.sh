@@ -3,8 +3,9 @@ tiny_only=yes
 . "$(dirname "$0")/rows.sh"
 measure amber-captions amber-sampled
 row base
-for error in 0 0.4; do
-    tiny_records "error-$error" --error "$error" --number 600
+for error in 0 0.1 0.4; do
+    records "$bundled" # their captioner's is 0.1
+    [ "$error" = 0.1 ] || tiny_records "error-$error" --error "$error" --number 600
     row "SFT @ $error" --objective sft
     row "DPO @ $error" --objective dpo
     row "mDPO @ $error" --objective mdpo
