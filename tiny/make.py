@@ -1,6 +1,6 @@
 """Builds the embedded default: a small real LLaVA that hallucinates, preference records, test sets.
 
-    python -m tiny.make --out DIR            everything, in about four minutes on one CPU core
+    python -m tiny.make --out DIR            everything (half an hour, one thread of a busy machine)
     python -m tiny.make --out DIR --quick    a miniature with a barely trained model, in seconds
 
 The products that the repository has are in built/. The preference records and the test sets come
