@@ -61,15 +61,20 @@ def test_mdpo_and_symmpo_are_not_told_apart(five):
     assert shown in TEXT
 
 
-def test_more_records_buy_little():
+def test_preferences_gain_with_records_and_imitation_does_not():
     rows = rows_of("mdpo-figure5")
-    for label in ("SFT", "DPO", "mDPO", "SymMPO"):
-        few, many = rows[f"{label} @ 75"], rows[f"{label} @ 250"]
-        assert abs(mean(few["amber CHAIR↓"]) - mean(many["amber CHAIR↓"])) < 2
-    for size in (75, 250):
-        for label in ("mDPO", "SymMPO"):
-            sft = rows[f"SFT @ {size}"]
-            assert apart(rows[f"{label} @ {size}"], sft, "amber sampled CHAIR↓")
+    column = "amber sampled CHAIR↓"
+    for label in ("mDPO", "SymMPO"):
+        few, many = rows[f"{label} @ 25"], rows[f"{label} @ 777"]
+        assert apart(many, few, column) and apart(few, many, "amber sampled Cover↑")
+        assert f"{mean(few[column]):.1f} to {mean(many[column]):.1f}" in TEXT
+        for size in (75, 250, 777):
+            assert apart(rows[f"{label} @ {size}"], rows[f"SFT @ {size}"], column)
+        assert not apart(rows[f"{label} @ 25"], rows["SFT @ 25"], column)
+        greedy = {size: mean(rows[f"{label} @ {size}"]["amber CHAIR↓"]) for size in (25, 75, 777)}
+        assert greedy[25] - greedy[75] > greedy[75] - greedy[777]
+    for label in ("SFT", "DPO"):
+        assert not apart(rows[f"{label} @ 777"], rows[f"{label} @ 25"], column)
 
 
 def test_imitation_is_as_good_where_the_captioner_does_not_err_alone(five):
