@@ -21,7 +21,9 @@ import json
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -29,7 +31,7 @@ from speed import measure
 from speed.measure import spread
 from speed.sides import RUNGS, Rung, Side, prepare, rows_of_records, step_memory
 from speed.world import SIZES
-from support.cli import UserError, new_parser, run_command, within
+from support.cli import UserError, parse, run_command
 
 EPOCHS = 4  # over which the cost of the cached reference is spread
 
@@ -96,18 +98,34 @@ SUMMARY = "five_sequence_time_ratio five_sequence_memory_ratio max_logp_diff"
 PARTS = {"ladder": ladder, "memory": memory}
 
 
+@dataclass
+class Options:
+    """What is typed.
+
+    quick               small model, few rounds
+    json                the summary as the last line
+    only                some parts: ladder, memory
+    cuda                on a GPU, in bf16
+    size                if not given, quick with --quick, else mid
+    rounds              timed rounds; if not given, 3 with --quick, else 9
+    """
+
+    quick: bool = False
+    json: bool = False
+    only: str.split = "ladder memory"
+    cuda: bool = False
+    size: Literal[*SIZES] = None
+    rounds: int = None
+
+
 def main(argv=None):
-    parser = new_parser(__doc__)
-    add = parser.add_argument
-    add("--quick", action="store_true", help="small model, few rounds")
-    add("--json", action="store_true", help="the summary as the last line")
-    add("--only", nargs="+", choices=PARTS, default=[*PARTS], help="some parts")
-    add("--cuda", action="store_true", help="on a GPU, in bf16")
-    add("--size", choices=SIZES, help="default: quick with --quick, else mid")
-    add("--rounds", type=within(2), help="timed rounds (default 3 with --quick, else 9)")
-    args = parser.parse_args(argv)
+    args = parse(Options, __doc__, argv)
     size = args.size or ("quick" if args.quick else "mid")
     rounds = args.rounds or (3 if args.quick else 9)
+    if not set(args.only) <= PARTS.keys():
+        raise UserError(f"--only: the parts are {', '.join(PARTS)}")
+    if rounds < 2:
+        raise UserError(f"--rounds {rounds}: two are needed for a spread")
     if args.cuda and not torch.cuda.is_available():
         raise UserError("--cuda: PyTorch finds no CUDA GPU here")
     torch.set_num_threads(1)

@@ -101,15 +101,3 @@ def new_parser(description):
     return argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-
-
-def within(low, high=math.inf, kind=int):
-    """A type for argparse: a finite number of this kind, from low to high."""
-
-    def number(text):
-        value = kind(text)
-        if not low <= value <= high or math.isinf(value):
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return value
-
-    return number

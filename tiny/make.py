@@ -9,12 +9,13 @@ from known truth, and no two splits share a scene.
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from benchmarks.answers import measure
-from support.cli import new_parser
+from support.cli import NEEDED, UserError, parse, run_command
 from support.files import write_json
 from tiny.model import new_model, new_processor, train_language, train_tower
 from tiny.records import Writer, write_records
@@ -81,15 +82,28 @@ def digest_of(folder):
     return digest.hexdigest()
 
 
-def main(argv=None):
-    parser = new_parser(__doc__)
-    parser.add_argument("--out", required=True, type=Path, help="folder for the products")
-    parser.add_argument("--seed", type=int, default=1, help="of everything random (default 1)")
-    parser.add_argument("--quick", action="store_true", help="the miniature")
-    args = parser.parse_args(argv)
+@dataclass
+class Options:
+    """What is typed.
+
+    out                 folder for the products
+    seed                of everything random
+    quick               the miniature
+    """
+
+    out: Path = NEEDED
+    seed: int = 1
+    quick: bool = False
+
+
+def make(args):
     if (args.out / "manifest.json").exists():
-        parser.error(f"{args.out} holds a build already: delete it or name another folder")
+        raise UserError(f"{args.out} holds a build already: delete it or name another folder")
     print(json.dumps(build(args.out, SIZES["quick" if args.quick else "full"], args.seed)))
+
+
+def main(argv=None):
+    run_command(make, parse(Options, __doc__, argv))
 
 
 if __name__ == "__main__":

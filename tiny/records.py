@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from support.cli import new_parser, within
+from support.cli import NEEDED, UserError, check_numbers, parse, run_command
 from support.files import write_lines
 from support.images import noise
 from tiny.model import DESCRIBE, reply
@@ -187,18 +187,32 @@ def write_records(path, records, files):
     write_lines(path, lines)
 
 
-def main(argv=None):
+@dataclass
+class Options:
+    """What is typed.
+
+    out                 folder for prefs.jsonl and its images
+    error               the captioner's, 0 to 1
+    kinds               of contrast image, "crop black": edit, neighbour, crop, noise, black
+    number              only so many records
+    captions            no yes/no questions
+    """
+
+    out: Path = NEEDED
+    error: float = 0.1
+    kinds: str.split = "edit neighbour"
+    number: int = None
+    captions: bool = False
+
+
+def make(args):
     from vlm.load import load_model
     from vlm.prompts import prompts_for
 
-    parser = new_parser(__doc__)
-    add = parser.add_argument
-    add("--out", required=True, type=Path, help="folder for prefs.jsonl and its images")
-    add("--error", type=within(0, 1, float), default=0.1, help="the captioner's (default 0.1)")
-    add("--kinds", nargs="+", default=["edit", "neighbour"], choices=("edit", "neighbour", *LESS))
-    add("--number", type=within(1), help="only so many records")
-    add("--captions", action="store_true", help="no yes/no questions")
-    args = parser.parse_args(argv)
+    check_numbers(args, any_sign=(), above_0=("number",))
+    unknown = set(args.kinds) - {"edit", "neighbour", *LESS}
+    if unknown or args.error > 1:
+        raise UserError(f"--kinds {' '.join(args.kinds)} --error {args.error}: see --help")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model, processor = load_model(BUILT / "model")
@@ -211,6 +225,10 @@ def main(argv=None):
     rng.shuffle(records)
     write_records(args.out / "prefs.jsonl", records[: args.number], {})
     print(f"{args.out / 'prefs.jsonl'}: {len(records[: args.number]):,} records")
+
+
+def main(argv=None):
+    run_command(make, parse(Options, __doc__, argv))
 
 
 if __name__ == "__main__":
