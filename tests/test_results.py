@@ -167,3 +167,21 @@ def mean_of_several(cells):
     """(mean, its standard error) of [(value, standard error), ...]"""
     error = sum(error**2 for _, error in cells) ** 0.5 / len(cells)
     return mean(value for value, _ in cells), error
+
+
+def test_what_each_term_does():
+    rows = rows_of("tiny-terms")
+    rates = json.loads((ROOT / "papers/results/tiny-terms.json").read_text())["rows"]
+    for label in ("DPO", "DPO+Pair", "no-AncPO"):
+        assert f"{label}, lr 1e-4" in rates  # the lowest that was tried
+        assert min(rows[label]["amber CHAIR↓"]) > 10
+    assert f"DPO falls to {mean(rows['DPO+AncPO']['amber CHAIR↓']):.1f}" in TEXT
+    whole, without = rows["SymMPO"], rows["no-Pair"]
+    assert apart(whole, without, "amber sampled CHAIR↓")
+    assert apart(without, whole, "amber CHAIR↓")
+    strong = rows["SymMPO-strong-Margin"]
+    for column in COLUMNS:
+        values, others = whole[column], rows["no-Margin"][column]
+        assert abs(mean(values) - mean(others)) <= stdev(values) + stdev(others), column
+        assert apart(whole, strong, column)
+    assert min(rows["DPO+Margin"]["amber Cover↑"]) > 77
