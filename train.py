@@ -275,7 +275,8 @@ def reference_table(run, rows, keys, use_cache=True):
             computed = policy_table(run, new, len(keys)).cpu()  # (3, 3, records)
         for record in {row.record for row in new}:
             tables[keys[record]] = computed[:, :, record]
-        run.cache.put({key: tables[key] for key in keys})
+        if use_cache:
+            run.cache.put({key: tables[key] for key in keys})
     table = torch.stack([tables[key] for key in keys], dim=-1)
     return table.to(run.options.device, non_blocking=True)
 
@@ -334,18 +335,21 @@ def sums_of_metrics(run, tables):
 
 
 def verify(run, example, start):
-    """Before the loop, on one record: the cache holds what this model computes; at the very start,
-    where the adapter is zero, policy = reference and the loss is its closed form; and sharing the
-    prefix changes nothing."""
-    rows, _ = rows_of([example])
-    if run.objective.reference:
-        fresh = verify_cache(run, example)
-        if start == 0:
-            verify_start(run, rows, fresh)
-    else:
+    """Before the loop, on one record: at the very start, where the adapter is zero, policy =
+    reference and the loss is its closed form; sharing the prefix changes nothing; and the cache
+    holds what this model computes. That comes last, since nothing wrong must get into it."""
+    rows, keys = rows_of([example])
+    if not run.objective.reference:
         print(f"step {start:<7}{run.options.objective} reads no reference: nothing to compare")
-    if run.options.no_share_prefix:
-        return
+    elif start == 0:
+        verify_start(run, rows, reference_table(run, rows, keys, use_cache=False))
+    if not run.options.no_share_prefix:
+        verify_sharing(run, rows, start)
+    if run.objective.reference:
+        verify_cache(run, example)
+
+
+def verify_sharing(run, rows, start):
     apart = dataclasses.replace(run, options=dataclasses.replace(run.options, no_share_prefix=True))
     with torch.no_grad(), adapter_off(run.policy):  # its dropout is not what this is about
         shared, plain = policy_table(run, rows, 1), policy_table(apart, rows, 1)
@@ -368,13 +372,12 @@ def verify_start(run, rows, fresh):
 
 
 def verify_cache(run, example):
-    """The reference's log-probs of one record, computed anew; refuses a cache that has others."""
+    """Refuses a cache that has other log-probs for this record than are computed now."""
     rows, keys = rows_of([example])
     fresh = reference_table(run, rows, keys, use_cache=False)
     cached = reference_table(run, rows, keys)
     what = f"the reference and its cache (delete {run.options.cache})"
     need_same(fresh, cached, rows, run.options.dtype, what)
-    return fresh
 
 
 def say_hello(run, start):

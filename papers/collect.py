@@ -23,8 +23,7 @@ LINES = ["amber CHAIR↓", "amber Cover↑", "amber sampled CHAIR↓", "amber sa
 
 def collect(out, name, state, paper, options):
     lines = Path(out, "rows.part").read_text(encoding="utf-8").splitlines()
-    titles = [line.split("\t")[0] for line in lines]
-    files = [line.split("\t")[1] for line in lines]
+    titles, files = zip(*[line.split("\t") for line in lines])
     results = [read(file) for file in files]
     rows = rows_of(titles, results)
     facts = {

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -252,12 +253,14 @@ def test_reference_is_computed_once(fit, monkeypatch):
     fit("--steps", 6)
     epochs = 2  # at the start of each, one record's reference is computed again and compared
     both_ways = 2  # at the start: with a shared prefix, and without
-    assert counts.count(True) == 1 + 24 and counts.count(False) == 12 + epochs - 1 + both_ways
+    start = 1  # there it is also compared with the policy, before anything is kept
+    assert counts.count(True) == 1 + 24
+    assert counts.count(False) == 12 + start + epochs + both_ways
     counts.clear()
     fit(
         "--steps", 6
     )  # another run, the same cache: one record an epoch is computed anew to check it
-    assert counts.count(False) == epochs + both_ways
+    assert counts.count(False) == start + epochs + both_ways
     counts.clear()
     fit("--steps", 3, "--objective", "sft")  # reads no reference
     assert counts == [False] * both_ways + [True] * 12
@@ -282,8 +285,6 @@ def test_processes_may_open_the_cache_at_once(tmp_path):
 
 
 def test_a_wrong_cache_is_refused(fit, tmp_path, capsys):
-    import sqlite3
-
     fit()
     with sqlite3.connect(next((tmp_path / "cache").glob("*.sqlite"))) as cache:
         wrong = torch.full((9,), -3.0).numpy().tobytes()
@@ -308,6 +309,11 @@ def test_a_response_that_sees_another_one_is_refused(seed, tmp_path, monkeypatch
     assert "with a shared prefix and without it, log-probs" in shown.err
     label = re.search(r"label chosen \((\d+) tokens\)", shown.out)
     assert int(label[1]) > 10
+    (cache,) = tmp_path.glob("*.sqlite")
+    with sqlite3.connect(cache) as kept:
+        assert kept.execute("SELECT count(*) FROM tables").fetchone() == (0,), (
+            "nothing wrong is kept"
+        )
 
 
 def test_step_0_catches_dropout(llava, fit, capsys, monkeypatch):
