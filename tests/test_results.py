@@ -185,3 +185,35 @@ def test_what_each_term_does():
         assert abs(mean(values) - mean(others)) <= stdev(values) + stdev(others), column
         assert apart(whole, strong, column)
     assert min(rows["DPO+Margin"]["amber Cover↑"]) > 77
+
+
+def test_what_pair_does_shows_in_questions():
+    rows = rows_of("symmpo-table2")
+    whole, without = rows["SymMPO"], rows["no-Pair"]
+    for column in ("amber Acc↑", "hallusionbench aAcc↑"):
+        assert apart(without, whole, column)
+        shown = f"{mean(without[column]):.1f} in place of {mean(whole[column]):.1f}"
+        assert shown in TEXT
+    assert apart(without, whole, "objhal Resp.↓")  # the paper's counter-example
+    published = json.loads((ROOT / "benchmarks/paper.json").read_text())["7b"]
+    resp = {
+        name: row["objhal Resp.↓"][0] for name, row in published.items() if "objhal Resp.↓" in row
+    }
+    assert resp["SymMPO paper: w/o Pair"] < resp["SymMPO paper: + SymMPO"]
+
+
+def test_rejected_images_of_other_kinds():
+    rows = rows_of("mdpo-table3")
+    order = ("random", "crop", "crop-large", "moco")
+    chair = [mean(rows[kind]["amber CHAIR↓"]) for kind in order]
+    cover = [mean(rows[kind]["amber Cover↑"]) for kind in order]
+    assert chair == sorted(chair) and cover == sorted(cover, reverse=True)
+    assert apart(rows["random"], rows["moco"], "amber CHAIR↓")
+    assert apart(rows["moco"], rows["random"], "amber Cover↑")
+    for one, other in zip(order, order[1:]):
+        for column in ("amber CHAIR↓", "amber Cover↑"):
+            assert not (
+                apart(rows[one], rows[other], column) or apart(rows[other], rows[one], column)
+            )
+    resp = {kind: mean(rows[kind]["objhal Resp.↓"]) for kind in order}
+    assert min(resp, key=resp.get) == "crop-large"
