@@ -217,3 +217,18 @@ def test_rejected_images_of_other_kinds():
             )
     resp = {kind: mean(rows[kind]["objhal Resp.↓"]) for kind in order}
     assert min(resp, key=resp.get) == "crop-large"
+
+
+def test_both_terms_of_mdpo_keep_coverage():
+    rows = rows_of("mdpo-table2")
+    for label in ("no-conditional", "no-anchor"):
+        assert apart(rows[label], rows["mDPO"], "amber Cover↑")
+    kept = {label: mean(row["amber Cover↑"]) for label, row in rows.items()}
+    assert f"it is {kept['no-conditional']:.1f} in place of {kept['mDPO']:.1f}" in TEXT
+    assert f"without the anchor {kept['no-anchor']:.1f}" in TEXT
+    assert mean(rows["no-conditional"]["amber CHAIR↓"]) < mean(rows["mDPO"]["amber CHAIR↓"])
+    blind = rows_of("mdpo-figure1")["DPO-no-image"]
+    assert (
+        abs(mean(blind["amber CHAIR↓"]) - 12) < 0.5
+        and abs(mean(blind["amber Cover↑"]) - 81.4) < 0.5
+    )
