@@ -232,3 +232,10 @@ def test_both_terms_of_mdpo_keep_coverage():
         abs(mean(blind["amber CHAIR↓"]) - 12) < 0.5
         and abs(mean(blind["amber Cover↑"]) - 81.4) < 0.5
     )
+
+
+def test_one_anchor_is_enough():
+    rows = rows_of("mdpo-table4")
+    assert len(rows) == 3
+    for label in ("y_w,y_l", "y_w,y_l,m_l"):
+        assert apart(rows["y_w"], rows[label], "amber CHAIR↓")
