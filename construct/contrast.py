@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import embed, nearest
-from support.cli import NEEDED, UserError, parse, run_command
+from support.cli import NEEDED, UserError, flag_of, parse, run_command
 from support.files import write_lines
 from support.images import CROP_LARGE, crop, moco, noise, open_image
 from support.records import DataOptions, Records, need_other, with_files
@@ -102,9 +102,7 @@ def contrast(args):
         raise UserError(f"--step {args.step}: must be 1 to 1000")
     for name, kinds in READ_BY.items():
         if args.kind not in kinds and getattr(args, name) != getattr(Options, name):
-            raise UserError(
-                f"--{name.replace('_', '-')} is read by --kind {' and '.join(kinds)} alone"
-            )
+            raise UserError(f"{flag_of(name)} is read by --kind {' and '.join(kinds)} alone")
     out = Path(args.out)
     if not out.suffix:
         raise UserError(f"--out {out}: a file name such as {out}.jsonl; pictures go into {out}/")

@@ -54,9 +54,8 @@ def collect(out, name, state, paper, options):
     if any(" @ " in label for label in rows):
         draw_lines(rows, Path(out, "results.png"))
     else:
-        own = results[0]["model"].endswith(
-            "tiny/built/model"
-        )  # beside which no other is comparable
+        # Beside rows of the tiny world no other is comparable.
+        own = results[0]["model"].endswith("tiny/built/model")
         report.draw(rows if own else rows | known, headings, Path(out, "results.png"))
     if state == "finished":
         print(table)

@@ -212,7 +212,10 @@ def make(args):
     check_numbers(args, any_sign=(), above_0=("number",))
     unknown = set(args.kinds) - {"edit", "neighbour", *LESS}
     if unknown or args.error > 1:
-        raise UserError(f"--kinds {' '.join(args.kinds)} --error {args.error}: see --help")
+        raise UserError(
+            f"--kinds {' '.join(args.kinds)} --error {args.error}: kinds are edit, neighbour, "
+            "crop, noise and black, and an error is 0 to 1"
+        )
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model, processor = load_model(BUILT / "model")
