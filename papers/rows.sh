@@ -82,6 +82,11 @@ run() { # FILE COMMAND...: run the command unless it has made its file
     exit 1
 }
 
+alone() { # FOLDER: waits while another table trains or evaluates the same row
+    [ -z "$dry" ] && command -v flock >/dev/null || return 0
+    mkdir -p "$1" && exec 9>"$1.lock" && flock 9
+}
+
 train() { # FOLDER OPTIONS...: sets adapter
     local folder=$1 again=() basis=("${tiny[@]}") && shift
     [ -z "$model" ] || basis=(--model "$model")
@@ -100,13 +105,14 @@ evaluate() { # FOLDER BENCHMARK DATA OPTIONS...
 shared() { # RATE SEED OPTIONS...
     local rate=$1 seed=$2 options && shift 2
     options=${*//[ -]/}
-    echo "$(dirname "$out")/rows/${options// /-}-lr-$rate-$seed"
+    echo "$(dirname "$out")/rows/${options// /-}${rate:+-lr-$rate}-$seed"
 }
 
 best_rate() { # OPTIONS...: sets rate, on the validation scenes of the tiny world
     local folder best=-1 score chosen=(--data "$bundled")
     for try in 1e-4 3e-4 1e-3; do
         folder=$(shared "$try" 100 "$@")
+        alone "$folder"
         train "$folder" "$@" --seed 100 --lr "$try"
         evaluate "$folder/amber" amber "$benchmarks/amber_val" --dimension g
         [ -n "$dry" ] && rate=BEST && continue
@@ -132,8 +138,10 @@ row() { # LABEL OPTIONS-OF-TRAIN.PY...: sets folder
     for seed in $(seq 0 $((last - 1))); do
         folder=$out/$label${rate:+-lr-$rate}-$seed
         folder=${folder// /}
-        if [ -z "$model" ] && [ $# -gt 0 ] && [ "${chosen[*]}" = "--data $bundled" ]; then
-            folder=$(shared "$rate" "$seed" "$@")
+        exec 9>&- # this one waits for nobody
+        if [ -z "$model" ] && { [ $# = 0 ] || [ "${chosen[*]}" = "--data $bundled" ]; }; then
+            folder=$(shared "$rate" "$seed" "${@:-base}")
+            alone "$folder"
         fi
         [ $# = 0 ] || train "$folder" "$@" --seed "$seed" ${rate:+--lr "$rate"}
         for benchmark in "${measured[@]}"; do
