@@ -1,4 +1,10 @@
-# Every table and figure on the tiny world, two at a time; rows in common are trained once.
+# Every table and figure on the tiny world, two at a time, in runs/papers; rows in common are trained once.
+case " $* " in
+    *" --model "* | *" --out "*)
+        echo "error: --model, --out: a table at a time takes them; this is all of them, on the tiny world" >&2
+        exit 2
+        ;;
+esac
 export OMP_NUM_THREADS=1
 cd "$(dirname "$0")/.."
 printf '%s\n' mdpo-figure5 tiny-terms tiny-errors symmpo-figure4 miniature mdpo-table3 mdpo-table4 \
