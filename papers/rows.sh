@@ -72,9 +72,10 @@ tiny_records() { # NAME OPTIONS-OF-TINY.RECORDS
 measure() { measured=("$@"); }
 
 run() { # FILE COMMAND...: run the command unless it has made its file
-    local file=$1 log=$out/log.txt && shift
+    local file=$1 log=$out/log.txt words && shift
     [ -e "$file" ] && return
-    printf 'python' && printf ' %q' "$@" && echo
+    printf -v words ' %q' "$@"
+    echo "python$words" # in one piece: other tables print beside it
     [ -n "$dry" ] && return
     [ "$1" = -m ] || set -- "$root/$1" "${@:2}"
     PYTHONPATH=$root python "$@" >>"$log" 2>&1 && [ -e "$file" ] && return

@@ -25,7 +25,24 @@ def commands(out, name, *options):
     return [line[1:] for line in found]
 
 
-@pytest.mark.parametrize("name", TABLES)
+def test_all_of_them_are_all_of_them():
+    command = ["bash", TABLES["all"], "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    tables = [name for name in TABLES if name not in ("all", "calibrate")]
+    script = TABLES["all"].read_text()
+    assert all(f" {name} " in script for name in tables)
+    printed = set(done.stdout.splitlines())
+    wanted = subprocess.run(
+        ["bash", TABLES["mdpo-table3"], "--dry-run"], capture_output=True, text=True, check=True
+    )
+    assert {line for line in wanted.stdout.splitlines() if line.startswith("python")} <= printed
+    for option in ("--model", "--out"):
+        refused = subprocess.run([*command, option, "x"], capture_output=True, text=True)
+        assert refused.returncode == 2 and option in refused.stderr
+
+
+@pytest.mark.parametrize("name", [name for name in TABLES if name != "all"])
 @pytest.mark.parametrize("options", [[], FULL_SIZE], ids=["tiny world", "full size"])
 def test_every_command_of_every_table_exists(tmp_path, name, options):
     if options and "tiny_only" in TABLES[name].read_text():
