@@ -178,16 +178,11 @@ def model_config(args, config, length):
         vision_config={**tower, "vision_use_head": False},  # of SigLIP
         image_token_index=length,
         image_seq_length=(tower["image_size"] // tower["patch_size"]) ** 2,
-        vision_feature_select_strategy="full" if is_siglip(tower["model_type"]) else "default",
+        vision_feature_select_strategy="full" if "siglip" in tower["model_type"] else "default",
         vision_feature_layer=-2,
         original_vocabulary=rows,
         dtype=config.get("torch_dtype"),
     )
-
-
-def is_siglip(model_type):
-    """SigLIP has no class token, and squeezes a picture to a square where CLIP cuts it."""
-    return "siglip" in model_type
 
 
 def save_processor(args, config, made, tokenizer):
@@ -197,7 +192,8 @@ def save_processor(args, config, made, tokenizer):
 
     vision = made.vision_config
     side = vision.image_size
-    siglip = is_siglip(vision.model_type)
+    # It has no class token, and squeezes a picture to a square where CLIP cuts it.
+    siglip = "siglip" in vision.model_type
     square = {"height": side, "width": side}
     given = read_json(Path(args.vision_tower, "preprocessor_config.json"))
     images = LlavaImageProcessorPil(
