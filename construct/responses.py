@@ -129,7 +129,7 @@ def json_fields(text, **kinds):
     """The JSON object in a reply: its fields, which must be of these types and not empty.
 
     Raises ValueError if the reply is malformed."""
-    text = text.rpartition("</think>")[2]
+    text = usable_text(text)
     try:
         found = json.loads(text[text.index("{") : text.rindex("}") + 1])
         json.dumps(found, ensure_ascii=False).encode()  # half an emoji fits in no file
