@@ -34,7 +34,6 @@ from support.settings import need_same
 from vlm.load import named
 
 ORIGINAL = Path(__file__).with_name("original.json")
-TOWER = "model.vision_tower.vision_tower."
 DECODERS = {"LlavaLlamaForCausalLM": "llama", "BunnyPhiForCausalLM": "phi"}
 
 
@@ -65,28 +64,29 @@ def tensors_in(folder, stem="model"):
 
 
 def original_weights(args, config):
-    """{original name: tensor} of tower, checkpoint, adapter; the last one counts."""
-    weights = {}
+    """{original name: tensor} of tower, checkpoint, adapter; the last one counts, but for a tower
+    that was not trained."""
+    tower = {}
     for name, tensor in tensors_in(args.vision_tower).items():
         if name.startswith("vision_model."):
-            weights[TOWER + name] = tensor
-    if not weights:
+            tower["model.vision_tower.vision_tower." + name] = tensor
+    if not tower:
         raise UserError(f"{args.vision_tower}: no vision_model.* in there, so no CLIP or SigLIP")
     trained = config.get("unfreeze_mm_vision_tower") or config.get("unfreeze_vision_tower")
-    for name, tensor in tensors_in(args.checkpoint).items():
-        if trained or not name.startswith(TOWER):
-            weights[name] = tensor
+    weights = tower | tensors_in(args.checkpoint)
+    if not trained:
+        weights |= tower
     if args.lora and Path(args.lora, "non_lora_trainables.bin").is_file():
         weights |= tensors_in(args.lora, "non_lora_trainables")
     return weights
 
 
 def renamed(name):
-    """The name that transformers has for it; None for what it computes itself or does not use."""
+    """The name that transformers has for it; "" for what it computes itself or does not use."""
     for pattern, new in read_json(ORIGINAL)["names"]:
         found = re.fullmatch(pattern, name)
         if found:
-            return found.expand(new) if new else None
+            return found.expand(new)
     raise UserError(f"{name}: a weight that LLaVA-1.5 and Bunny-v1.0-3B do not have")
 
 
@@ -234,7 +234,7 @@ def convert(args):
     for name in lora:
         if re.sub(r"lora_[AB]\.", "", name) not in weights:
             raise UserError(f"{name}: the adapter is not for this model")
-    originals = {renamed(name): name for name in weights if renamed(name) is not None}
+    originals = {renamed(name): name for name in weights if renamed(name)}
     need_fit(made, weights, originals, args.checkpoint)
 
     Path(args.out).mkdir(parents=True, exist_ok=True)
