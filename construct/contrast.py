@@ -12,7 +12,7 @@ import itertools
 import math
 import os
 import random
-from collections import defaultdict
+from collections import defaultdict, deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -50,15 +50,13 @@ def choose(args, group_of):
             members[group].append(image)
         if len(members) < 2:
             return chosen
-        images = list(itertools.chain(*members.values()))  # a group's side by side
+        images = deque(itertools.chain(*members.values()))  # a group's side by side
         rng = random.Random(args.seed)
-        end = 0  # of the group among the images
         for group in members.values():
-            end += len(group)
+            images.rotate(-len(group))  # to the end: the others stand before it
             others = len(images) - len(group)
             for image in group:
-                other = (end + rng.randrange(others)) % len(images)
-                chosen[image] = (images[other], None)
+                chosen[image] = (images[rng.randrange(others)], None)
         return chosen
 
     images = list(group_of)
@@ -109,8 +107,8 @@ def contrast(args):
     records = Records(args.data, args.image_root, args.fields, needed=("image",))
     need_other(out, records)
     folder = out.with_suffix("")  # of the pictures that are made, or of the embeddings
-    numbers = range(len(records))
-    given = [with_files(records, i, folder / "given", args.allow_outside) for i in numbers]
+    inside = folder / "given"  # pictures that stand in the records themselves
+    given = [with_files(records, i, inside, args.allow_outside) for i in range(len(records))]
     folder.mkdir(parents=True, exist_ok=True)
 
     chosen = {}
@@ -119,11 +117,11 @@ def contrast(args):
     make = MADE.get(args.kind)
     if args.kind == "noise":
         make = functools.partial(noise, step=args.step)
-    if args.kind not in MADE:
+    if make is None:
         chosen = choose(args, groups_of(records, given, args.group))
     for number, (fields, files) in enumerate(tqdm(given, desc=args.kind, unit=" records")):
         image = files["image"]
-        if args.kind in MADE:
+        if make:
             seed = f"{args.seed} {number} {fields['image']}"
             rng = random.Random(seed.encode("utf-8", "replace"))  # a path may be none
             other = folder / f"{number:06d}.png"
@@ -133,17 +131,17 @@ def contrast(args):
             other, cosine = chosen[image]
         else:
             continue
-        found = {
+        if fields.pop("contrast_chosen", None):
+            fields.pop("changes", None)  # it says what that response changed
+            stale += 1
+        fields |= {
             "image": os.path.relpath(image, out.parent),
             "contrast_image": os.path.relpath(other, out.parent),
             "contrast_kind": args.kind,
             "contrast_seed": args.seed,
             "similarity": cosine,
         }
-        if fields.pop("contrast_chosen", None):
-            fields.pop("changes", None)  # it says what that response changed
-            stale += 1
-        lines.append({**fields, **found})
+        lines.append(fields)
     write_lines(out, lines)
     print(f"{out}: {len(lines):,} records, {len(records) - len(lines):,} left out (no image fits)")
     if stale:

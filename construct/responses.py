@@ -18,10 +18,11 @@ that see the record's fields); records carry their version.
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -52,43 +53,9 @@ class Draft:
     """A record in the making."""
 
     record: dict  # as it will be written
-    images: list = field(default_factory=list)  # (file, hash): of m, then of m'
+    images: list  # (file, hash): of m, then of m'
     reason: str | None = None  # why it is set aside
     reply: str | None = None  # the reply that was of no use
-
-
-# --- the five steps, in the order of the paper ----------------------------------------------------
-
-
-def caption(drafts, args):
-    """1. The captioner describes each image."""
-    questions = []
-    for draft in drafts:
-        text = template("captions.txt").render(draft.record)
-        questions.append([question(text, image) for image in draft.images])
-    for draft, replies in ask(drafts, questions, "captions", "captioner", args):
-        draft.record["captions"] = replies
-
-
-def sample(drafts, args):
-    """2. The model to be trained answers the prompt for m, several times."""
-    questions = []
-    for draft in drafts:
-        text = template("samples.txt").render(draft.record)
-        image = draft.images[0]
-        questions.append([question(text, image, n) for n in range(args.samples)])
-    for draft, replies in ask(drafts, questions, "samples", "policy", args):
-        draft.record["samples"] = replies
-
-
-def write(drafts, args, step, **kinds):
-    """3. The writer sorts the claims in the samples: consistent with the caption of m, or not.
-    4. It makes of them a preferred and a dispreferred response in one style.
-    5. It answers the same prompt for m', from the caption of m'."""
-    questions = [[question(template(f"{step}.txt").render(draft.record))] for draft in drafts]
-    parse = functools.partial(json_fields, **kinds)
-    for draft, replies in ask(drafts, questions, step, "writer", args, parse):
-        draft.record |= replies[0]
 
 
 def build(args):
@@ -98,18 +65,23 @@ def build(args):
     need_other(args.out, records)
     Path(f"{args.out}.work").mkdir(parents=True, exist_ok=True)
     drafts = [take_in(records, i, args) for i in tqdm(range(len(records)), desc="images")]
-    caption(usable(drafts), args)
-    sample(usable(drafts), args)
-    write(usable(drafts), args, "claims", consistent=list, inconsistent=list)
-    write(usable(drafts), args, "rewrite", chosen=str, rejected=str)
-    with_contrast = [draft for draft in usable(drafts) if len(draft.images) == 2]
-    write(with_contrast, args, "anchor", contrast_chosen=str, changes=list)
-    for draft in usable(drafts):
-        draft.reason = gate(draft.record)
+    # 1. The captioner describes each image.
+    ask(drafts, "captions", "captioner", args)
+    # 2. The model to be trained answers the prompt for m, several times.
+    ask(drafts, "samples", "policy", args)
+    # 3. The writer sorts the claims in the samples: consistent with the caption of m, or not.
+    ask(drafts, "claims", "writer", args, consistent=list, inconsistent=list)
+    # 4. It makes of them a preferred and a dispreferred response in one style.
+    ask(drafts, "rewrite", "writer", args, chosen=str, rejected=str)
+    # 5. It answers the same prompt for m', from the caption of m'.
+    with_contrast = [draft for draft in drafts if len(draft.images) == 2]
+    ask(with_contrast, "anchor", "writer", args, contrast_chosen=str, changes=list)
 
     good = []
     bad = []
     for number, draft in enumerate(drafts, 1):
+        if draft.reason is None:
+            draft.reason = gate(draft.record)
         if draft.reason is None:
             good.append(draft.record)
         else:
@@ -125,28 +97,21 @@ def build(args):
         print(f"{name:32} (min, 5 %, median, 95 %, max)", *spread(values))
 
 
-def usable(drafts):
-    return [draft for draft in drafts if draft.reason is None]
-
-
 def take_in(records, i, args):
     """The draft of record i. It is set aside if it cannot be read, or if an image is none of the
     data folder's: images are sent to servers, and a record may come from anywhere."""
-    models = {role: getattr(args, role) for role in SAMPLING}
-    draft = Draft({"prompts_version": VERSION, "models": models})
-    record = draft.record
+    made = {"prompts_version": VERSION, "models": {role: getattr(args, role) for role in SAMPLING}}
+    images = []
     try:
         fields, files = with_files(records, i, f"{args.out}.work/given", args.allow_outside)
         for name, file in files.items():
             open_image(str(file))
-            draft.images.append((str(file), hashlib.sha256(file.read_bytes()).hexdigest()))
+            images.append((str(file), hashlib.sha256(file.read_bytes()).hexdigest()))
             fields[name] = os.path.relpath(file, Path(args.out).parent)
     except UserError as error:
-        draft.reason = f"record: {error}"
-        return draft
-    draft.record = {**fields, **record}
-    draft.record["prompt"] = fields.get("prompt") or template("question.txt").render()
-    return draft
+        return Draft(made, images, f"record: {error}")
+    prompt = fields.get("prompt") or template("question.txt").render()
+    return Draft({**fields, **made, "prompt": prompt}, images)
 
 
 # --- asking ---------------------------------------------------------------------------------------
@@ -164,7 +129,7 @@ def json_fields(text, **kinds):
     """The JSON object in a reply: its fields, which must be of these types and not empty.
 
     Raises ValueError if the reply is malformed."""
-    text = text.rpartition("</think>")[2]
+    text = usable_text(text)
     try:
         found = json.loads(text[text.index("{") : text.rindex("}") + 1])
         json.dumps(found, ensure_ascii=False).encode()  # half an emoji fits in no file
@@ -176,28 +141,37 @@ def json_fields(text, **kinds):
     return {key: found[key] for key in kinds}
 
 
-def question(text, image=(None, None), repetition=0):
-    """(id, text, file of the image) as `ask_all` takes it. The id has the image's hash: so an image
-    is captioned once, in however many records it occurs."""
-    return digest(text, image, repetition), text, image[0]
+def questions_of(draft, step, args):
+    """[(id, text, file of the image or None)] as `ask_all` takes them. The id has the image's hash:
+    so an image is captioned once, in however many records it occurs."""
+    text = template(f"{step}.txt").render(draft.record)
+    if step == "captions":
+        asked = [(image, 0) for image in draft.images]
+    elif step == "samples":
+        asked = [(draft.images[0], repetition) for repetition in range(args.samples)]
+    else:
+        asked = [((None, None), 0)]
+    return [(digest(text, image, number), text, image[0]) for image, number in asked]
 
 
-def ask(drafts, questions, step, role, args, parse=usable_text):
-    """Ask each draft's questions; yields (draft, its parsed replies) and sets the others aside.
+def ask(drafts, step, role, args, **kinds):
+    """A step: what is asked of each draft, the replies in its record, or why it is set aside.
 
-    questions: a list for each draft. Replies are kept in the step's log.
+    kinds: {field: type} of the JSON object that is the reply; without them it is a text. Replies
+    are kept in the step's log.
     """
+    drafts = [draft for draft in drafts if draft.reason is None]
+    questions = [questions_of(draft, step, args) for draft in drafts]
+    requests = list(dict.fromkeys(itertools.chain(*questions)))
     log = f"{args.out}.work/{step}.jsonl"
-    requests = {}
-    for own in questions:
-        requests |= {request[0]: request for request in own}
-    requests = list(requests.values())
+    parse = functools.partial(json_fields, **kinds) if kinds else usable_text
     model = getattr(args, role)
-    if getattr(args, f"{role}_url"):
+    url = getattr(args, f"{role}_url")
+    if url:
         found = ask_all(
             requests,
             log,
-            base_url=getattr(args, f"{role}_url"),
+            base_url=url,
             model=model,
             concurrency=args.concurrency,
             timeout=args.timeout,
@@ -216,8 +190,10 @@ def ask(drafts, questions, step, role, args, parse=usable_text):
         if failed:
             draft.reason = f"{step}: {failed[0]['reason']}"
             draft.reply = failed[0]["text"]
+        elif kinds:
+            draft.record |= parse(replies[0]["text"])
         else:
-            yield draft, [parse(entry["text"]) for entry in replies]
+            draft.record[step] = [parse(entry["text"]) for entry in replies]
 
 
 def answer_locally(requests, log, path, temperature, max_tokens, batch=8):
@@ -249,11 +225,13 @@ def gate(record):
     """Why a record is not fit for training, or None."""
     chosen = words(record["chosen"])
     for name in RESPONSES[1:]:
-        other = words(record.get(name, ""))
+        if name not in record:
+            continue
+        other = words(record[name])
         if chosen == other:
             return f"gate: chosen and {name} are the same"
-        longer = max(len(chosen), len(other))
-        if name in record and longer > LONGER * min(len(chosen), len(other)):
+        shorter, longer = sorted([len(chosen), len(other)])
+        if longer > LONGER * shorter:
             return f"gate: chosen has {len(chosen)} words, {name} {len(other)}"
     return None
 

@@ -7,6 +7,7 @@ One self-contained file: images, responses with the words marked in which they d
 
 import difflib
 import functools
+import math
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ def review(args):
     source = Records(args.data, args.image_root, args.fields)
     need_other(args.out, source)
     records = [{**source.raw(i), **source[i]} for i in range(len(source))]
-    step = max(1, -(-len(records) // args.limit))  # rounded up
+    step = math.ceil(len(records) / args.limit)
     shown = list(enumerate(records, 1))[::step]
     what = f"{len(shown):,} of {len(records):,} records"
 

@@ -13,7 +13,6 @@ import io
 import json
 import os
 import sys
-import threading
 from collections import defaultdict
 from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass
@@ -41,8 +40,8 @@ def image_url(image, max_side=1024):
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def chat_message(prompt, image=None, max_side=1024):
-    """A request's messages: the prompt, after the image (as `open_image` takes it) if any."""
+def chat_message(prompt, image, max_side):
+    """A request's messages: the prompt, after the image (as `open_image` takes it) or None."""
     content = prompt
     if image is not None:
         url = image_url(open_image(image), max_side)
@@ -119,54 +118,45 @@ def ask_all(
         http_client=http.new_client(base_url, timeout),
     )
     in_a_row = 0
-    with ReplyLog(log, http.forms_of(key)) as kept, event_loop(client) as (run, tasks):
+    with ReplyLog(log, http.forms_of(key)) as kept:
         asker = Asker(client, kept, check, tries, max_side, {"model": model, **sampling})
         size = len(requests)
-        for id, entry in tqdm(answers(run, tasks, asker.ask, requests, concurrency), desc, size):
-            yield id, entry
-            in_a_row = in_a_row + 1 if entry["text"] is None else 0
-            if in_a_row > 0 and in_a_row in (size, max(5, concurrency)):
-                raise UserError(
-                    f"{http.shown(base_url)}: {in_a_row} requests in a row failed, the last: "
-                    f"{entry['reason']}. The same command goes on from {log}"
-                )
+        with contextlib.closing(answers(asker, requests, concurrency)) as found:
+            for id, entry in tqdm(found, desc, size):
+                yield id, entry
+                in_a_row = in_a_row + 1 if entry["text"] is None else 0
+                if in_a_row in (size, max(5, concurrency)):
+                    raise UserError(
+                        f"{http.shown(base_url)}: {in_a_row} requests in a row failed, the last: "
+                        f"{entry['reason']}. The same command goes on from {log}"
+                    )
 
 
-@contextlib.contextmanager
-def event_loop(client):
-    """(a function that starts a coroutine, the set of what it started). The loop is in a thread of
-    its own, since a notebook has one already. When it ends, replies that are under way have GRACE
-    seconds to come."""
-    loop = asyncio.new_event_loop()
-    tasks = set()
-    threading.Thread(target=loop.run_forever, daemon=True).start()
+def answers(asker, requests, limit):
+    """What asker.ask(request) returns, in completion order; never more than `limit` under way. The
+    event loop is in a thread of its own, since a notebook has one already. However it ends, replies
+    that are under way have GRACE seconds to come."""
+    from anyio.from_thread import start_blocking_portal
 
-    def start(coroutine):
-        return asyncio.run_coroutine_threadsafe(coroutine, loop)
-
-    try:
-        yield start, tasks
-    finally:
-        if tasks:
-            text = f"waiting {GRACE} s at most for {len(tasks)} replies that are under way"
-            print(text, file=sys.stderr)
-            wait(tasks, GRACE)
-        start(client.close()).result()
-        loop.call_soon_threadsafe(loop.stop)
-
-
-def answers(start, tasks, ask, requests, limit):
-    """What ask(request) returns, in completion order; never more than `limit` under way."""
     left = iter(requests)
-    while True:
-        for request in islice(left, limit - len(tasks)):
-            tasks.add(start(ask(request)))
-        if not tasks:
-            return
-        done, _ = wait(tasks, return_when=FIRST_COMPLETED)
-        task = done.pop()
-        tasks.remove(task)
-        yield task.result()
+    tasks = set()
+    with start_blocking_portal() as portal:
+        try:
+            while True:
+                for request in islice(left, limit - len(tasks)):
+                    tasks.add(portal.start_task_soon(asker.ask, request))
+                if not tasks:
+                    return
+                done, _ = wait(tasks, return_when=FIRST_COMPLETED)
+                task = done.pop()
+                tasks.remove(task)
+                yield task.result()
+        finally:
+            if tasks:
+                text = f"waiting {GRACE} s at most for {len(tasks)} replies that are under way"
+                print(text, file=sys.stderr)
+                wait(tasks, GRACE)
+            portal.call(asker.client.close)
 
 
 @dataclass

@@ -34,7 +34,6 @@ from support.settings import need_same
 from vlm.load import named
 
 ORIGINAL = Path(__file__).with_name("original.json")
-TOWER = "model.vision_tower.vision_tower."
 DECODERS = {"LlavaLlamaForCausalLM": "llama", "BunnyPhiForCausalLM": "phi"}
 
 
@@ -49,47 +48,45 @@ def read_json(path):
 
 def tensors_in(folder, stem="model"):
     """{name: tensor} of a folder with safetensors or .bin files, in one piece or in shards; they
-    stay on the disk until they are used. Pickled code is refused."""
-    from safetensors.torch import load_file
+    stay on the disk until they are used. Pickled code is refused. PEFT's prefix is taken off."""
+    from transformers.modeling_utils import load_state_dict
 
     patterns = (f"{stem}*.safetensors", f"pytorch_{stem}*.bin", f"{stem}.bin")
     for pattern in patterns:
         tensors = {}
         for file in sorted(Path(folder).glob(pattern)):
             with named(f"{file}: cannot be read"):
-                if file.suffix == ".bin":
-                    tensors |= torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-                else:
-                    tensors |= load_file(file)
+                for name, tensor in load_state_dict(file).items():
+                    tensors[name.removeprefix("base_model.model.")] = tensor
         if tensors:
             return tensors
     raise UserError(f"{folder}: no weights in there ({', '.join(patterns)})")
 
 
 def original_weights(args, config):
-    """{original name: tensor} of tower, checkpoint, adapter; the last one counts."""
-    weights = {}
+    """{original name: tensor} of tower, checkpoint, adapter; the last one counts, but for a tower
+    that was not trained."""
+    tower = {}
     for name, tensor in tensors_in(args.vision_tower).items():
         if name.startswith("vision_model."):
-            weights[TOWER + name] = tensor
-    if not weights:
+            tower["model.vision_tower.vision_tower." + name] = tensor
+    if not tower:
         raise UserError(f"{args.vision_tower}: no vision_model.* in there, so no CLIP or SigLIP")
     trained = config.get("unfreeze_mm_vision_tower") or config.get("unfreeze_vision_tower")
-    for name, tensor in tensors_in(args.checkpoint).items():
-        if trained or not name.startswith(TOWER):
-            weights[name] = tensor
+    weights = tower | tensors_in(args.checkpoint)
+    if not trained:
+        weights |= tower
     if args.lora and Path(args.lora, "non_lora_trainables.bin").is_file():
-        for name, tensor in tensors_in(args.lora, "non_lora_trainables").items():
-            weights[name.removeprefix("base_model.model.")] = tensor
+        weights |= tensors_in(args.lora, "non_lora_trainables")
     return weights
 
 
 def renamed(name):
-    """The name that transformers has for it; None for what it computes itself or does not use."""
+    """The name that transformers has for it; "" for what it computes itself or does not use."""
     for pattern, new in read_json(ORIGINAL)["names"]:
         found = re.fullmatch(pattern, name)
         if found:
-            return found.expand(new) if new else None
+            return found.expand(new)
     raise UserError(f"{name}: a weight that LLaVA-1.5 and Bunny-v1.0-3B do not have")
 
 
@@ -101,23 +98,19 @@ def read_lora(folder):
     if folder is None:
         return {}, 0.0
     made = read_json(Path(folder, "adapter_config.json"))
-    tensors = {}
     for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"):
         if made.get(name):
             raise UserError(f"{folder}: {name} is not understood")
-    for name, tensor in tensors_in(folder, "adapter_model").items():
-        tensors[name.removeprefix("base_model.model.")] = tensor
-    return tensors, made["lora_alpha"] / made["r"]
+    return tensors_in(folder, "adapter_model"), made["lora_alpha"] / made["r"]
 
 
-def with_lora(weight, name, lora):
+def with_lora(weight, name, lora, scale):
     """W + scale B A"""
-    (tensors, scale) = lora
     module = name.removesuffix(".weight")
-    if f"{module}.lora_A.weight" not in tensors:
+    if f"{module}.lora_A.weight" not in lora:
         return weight
-    down = tensors[f"{module}.lora_A.weight"]  # (rank, in)
-    up = tensors[f"{module}.lora_B.weight"]  # (out, rank)
+    down = lora[f"{module}.lora_A.weight"]  # (rank, in)
+    up = lora[f"{module}.lora_B.weight"]  # (out, rank)
     return weight.float() + scale * (up.float() @ down.float())
 
 
@@ -127,25 +120,22 @@ def with_lora(weight, name, lora):
 def read_config(args):
     """The original config.json, if all in it is what this module converts. LoRA folders bring their
     own, which says how the whole is used."""
-    places = [Path(folder, "config.json") for folder in (args.lora, args.checkpoint) if folder]
-    path = next((path for path in places if path.is_file()), places[-1])
+    path = Path(args.lora or args.checkpoint, "config.json")
+    if not path.is_file():
+        path = Path(args.checkpoint, "config.json")
     config = read_json(path)
     for name, known in read_json(ORIGINAL)["understood"].items():
         if config.get(name, known[0]) not in known:
             raise UserError(f"{path}: {name} is {config[name]!r}; what is converted is {known[0]}")
-    return config
-
-
-def decoder_of(config):
-    """Told by the architecture, since model_type says "llava" for either."""
     found = config.get("architectures")
-    for name, decoder in DECODERS.items():
-        if found == [name]:
-            return decoder
+    for architecture, decoder in DECODERS.items():
+        if found == [architecture]:
+            config["model_type"] = decoder  # there it is "llava" for either
+            return config
     raise UserError(f"config.json's architectures are {found}; converted is {', '.join(DECODERS)}")
 
 
-def tokenizer_of(args, decoder):
+def tokenizer_of(args, config):
     """The original tokenizer, and <image> in it.
 
     The original cuts a text at <image> and tokenises each piece from its beginning, where
@@ -153,11 +143,13 @@ def tokenizer_of(args, decoder):
     """
     from transformers import AddedToken, CodeGenTokenizer, LlamaTokenizer
 
-    if decoder == "llama":
+    if config["model_type"] == "llama":
         tokenizer = LlamaTokenizer.from_pretrained(args.checkpoint, legacy=True)
     else:
-        options = {"clean_up_tokenization_spaces": False}  # it would take spaces out of answers
-        tokenizer = CodeGenTokenizer.from_pretrained(args.checkpoint, **options)
+        tokenizer = CodeGenTokenizer.from_pretrained(
+            args.checkpoint,
+            clean_up_tokenization_spaces=False,  # it would take spaces out of answers
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     length = len(tokenizer)
@@ -180,22 +172,17 @@ def model_config(args, config, length):
     if not args.keep_vocabulary:
         rows = length
     decoder = {name: value for name, value in config.items() if not name.startswith("mm_")}
-    decoder |= {"model_type": decoder_of(config), "vocab_size": max(rows, length + 1)}
+    decoder |= {"vocab_size": max(rows, length + 1), "resid_pdrop": 0.0}
     return LlavaConfig(
-        text_config={**decoder, "resid_pdrop": 0.0},
+        text_config=decoder,
         vision_config={**tower, "vision_use_head": False},  # of SigLIP
         image_token_index=length,
         image_seq_length=(tower["image_size"] // tower["patch_size"]) ** 2,
-        vision_feature_select_strategy="full" if is_siglip(tower) else "default",
+        vision_feature_select_strategy="full" if "siglip" in tower["model_type"] else "default",
         vision_feature_layer=-2,
         original_vocabulary=rows,
         dtype=config.get("torch_dtype"),
     )
-
-
-def is_siglip(tower):
-    """SigLIP has no class token, and squeezes a picture to a square where CLIP cuts it."""
-    return "siglip" in tower["model_type"]
 
 
 def save_processor(args, config, made, tokenizer):
@@ -203,9 +190,10 @@ def save_processor(args, config, made, tokenizer):
     from transformers import LlavaProcessor
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-    vision = made.vision_config.to_dict()
-    side = vision["image_size"]
-    siglip = is_siglip(vision)
+    vision = made.vision_config
+    side = vision.image_size
+    # It has no class token, and squeezes a picture to a square where CLIP cuts it.
+    siglip = "siglip" in vision.model_type
     square = {"height": side, "width": side}
     given = read_json(Path(args.vision_tower, "preprocessor_config.json"))
     images = LlavaImageProcessorPil(
@@ -221,7 +209,7 @@ def save_processor(args, config, made, tokenizer):
     processor = LlavaProcessor(
         images,
         tokenizer,
-        patch_size=vision["patch_size"],
+        patch_size=vision.patch_size,
         vision_feature_select_strategy=made.vision_feature_select_strategy,
         num_additional_image_tokens=0 if siglip else 1,
         chat_template=template.replace("{{ 'SYSTEM' }}", system),
@@ -235,17 +223,18 @@ def save_processor(args, config, made, tokenizer):
 def convert(args):
     """Write --out in files of 50 weights, one after the other: a killed conversion goes on, and no
     more than one file is in memory."""
+    from safetensors.torch import save_file
     from transformers import GenerationConfig
 
     config = read_config(args)
-    tokenizer, length = tokenizer_of(args, decoder_of(config))
+    tokenizer, length = tokenizer_of(args, config)
     made = model_config(args, config, length)
     weights = original_weights(args, config)
-    lora = read_lora(args.lora)
-    for name in lora[0]:
+    lora, scale = read_lora(args.lora)
+    for name in lora:
         if re.sub(r"lora_[AB]\.", "", name) not in weights:
             raise UserError(f"{name}: the adapter is not for this model")
-    originals = {renamed(name): name for name in weights if renamed(name) is not None}
+    originals = {renamed(name): name for name in weights if renamed(name)}
     need_fit(made, weights, originals, args.checkpoint)
 
     Path(args.out).mkdir(parents=True, exist_ok=True)
@@ -260,21 +249,23 @@ def convert(args):
         index = {}
         for number in tqdm(range(0, len(names), 50), desc="converting", unit=" files"):
             file = Path(args.out, f"model-{number:05}.safetensors")
-            tensors = {}
-            for name in names[number : number + 50]:
-                index[name] = file.name
-                if not file.exists():
+            shard = names[number : number + 50]
+            index |= dict.fromkeys(shard, file.name)
+            if not file.exists():
+                tensors = {}
+                for name in shard:
                     original = originals[name]
-                    tensors[name] = converted(original, weights[original], made, lora)
-            if tensors:
-                write_weights(file, tensors)
+                    weight = with_lora(weights[original], original, lora, scale)
+                    tensors[name] = converted(original, weight, made)
+                part = file.with_suffix(".part")
+                save_file(tensors, part, metadata={"format": "pt"})
+                part.rename(file)
         contents = {"metadata": {}, "weight_map": index}
         write_json(Path(args.out, "model.safetensors.index.json"), contents)
 
 
-def converted(name, tensor, made, lora):
+def converted(name, tensor, made):
     """A weight for transformers; name: its original one."""
-    tensor = with_lora(tensor, name, lora)
     rows = made.original_vocabulary
     if name in ("model.embed_tokens.weight", "lm_head.weight"):
         missing = made.text_config.vocab_size - rows  # <image>'s, if there is none to spare
@@ -288,7 +279,7 @@ def need_fit(made, weights, originals, checkpoint):
 
     shapes = {}
     for name, original in originals.items():
-        shapes[name] = converted(original, weights[original].to("meta"), made, ({}, 0.0))
+        shapes[name] = converted(original, weights[original].to("meta"), made)
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(made)
     try:
@@ -304,14 +295,6 @@ def need_same_conversion(args):
     if known.exists():
         need_same(known, read_json(known), given)
     write_json(known, given)
-
-
-def write_weights(path, tensors):
-    from safetensors.torch import save_file
-
-    part = path.with_suffix(".part")
-    save_file(tensors, part, metadata={"format": "pt"})
-    part.rename(path)
 
 
 @dataclass
