@@ -43,11 +43,11 @@ def questions(folder, settings):
         if "l2-category" in row:
             row = row_of_tsv(row)
         if str(row["visual_input"]) == "0":
-            record = {name: row[name] for name in row if name != "image"}
-            asked.append(Question(row["question"], None, record))
+            row.pop("image", None)  # the parquet has an empty one
+            asked.append(Question(row["question"], None, row))
         else:
-            given = row.get("image") or row.get("filename")
-            asked.append(question_about(row, folder, "hallusion_bench", settings, given=given))
+            question = question_about(row, folder, "hallusion_bench", settings, other="filename")
+            asked.append(question)
     return asked
 
 

@@ -34,8 +34,7 @@ def questions(folder, settings):
     asked = []
     for row in read(find(folder, *FILES)):
         row.pop(ANSWER, None)  # a template has an empty one
-        given = row.get("image") or row.get("image_src")
-        asked.append(question_about(row, folder, "images", settings, given=given))
+        asked.append(question_about(row, folder, "images", settings, other="image_src"))
     return asked
 
 
