@@ -8,7 +8,6 @@ import csv
 import functools
 import glob
 import io
-import itertools
 import json
 import os
 import re
@@ -105,7 +104,10 @@ def files_of(folder, *patterns):
 
 def rows_of(folder, *patterns):
     """The rows of these files, which are the parts of one table."""
-    return list(itertools.chain.from_iterable(map(read, files_of(folder, *patterns))))
+    rows = []
+    for path in files_of(folder, *patterns):
+        rows += read(path)
+    return rows
 
 
 def find(folder, *names):
@@ -184,7 +186,3 @@ def reply_text(reply):
 def plain(reply):
     """What a judge says behind its thinking, without Markdown."""
     return re.sub("[*`#]", "", reply.rpartition("</think>")[2]).strip()
-
-
-def percent(part, whole):
-    return 100 * part / whole

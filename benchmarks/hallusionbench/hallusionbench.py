@@ -16,7 +16,7 @@ import re
 from collections import defaultdict
 from typing import NamedTuple
 
-from benchmarks.common import Case, Question, need_fields, percent, question_about, rows_of
+from benchmarks.common import Case, Question, need_fields, question_about, rows_of
 from support.cli import UserError
 
 ITEMS, ANSWER, JUDGE = 1129, "model_prediction", "optional"
@@ -113,15 +113,21 @@ def score(answers, folder, settings):
     if not by_figure:
         raise UserError("there are no answers about figures: no fAcc")
     metrics = {
-        "qAcc": round(percent(sum(map(all, by_question.values())), len(by_question)), 4),
-        "fAcc": round(percent(sum(map(all, by_figure.values())), len(by_figure)), 4),
-        "aAcc": round(percent(sum(right.values()), len(right)), 4),
+        "qAcc": share(by_question),
+        "fAcc": share(by_figure),
+        "aAcc": round(100 * sum(right.values()) / len(right), 4),
     }
     reading = "no judge: first yes/no" if judgements is None else "judge"
     if not is_whole:
         del metrics["qAcc"]
         reading += "; image questions alone, no qAcc"
     return metrics, reading
+
+
+def share(groups):
+    """In percent, the groups of answers that are right altogether."""
+    whole = sum(map(all, groups.values()))
+    return round(100 * whole / len(groups), 4)
 
 
 def judged_right(reply, place):

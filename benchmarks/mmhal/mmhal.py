@@ -14,7 +14,7 @@ clear rating counts as 0, as officially; protocol "symmpo" also takes a rating o
 
 import re
 
-from benchmarks.common import Case, find, percent, question_about, read
+from benchmarks.common import Case, find, question_about, read
 from support.cli import UserError
 
 ITEMS, ANSWER, JUDGE = 96, "model_answer", "needed"
@@ -61,7 +61,7 @@ def score(answers, folder, settings):
     by_type = [sum(ratings[first::8]) / 12 for first in range(8)]  # the types come in turns
     metrics = {
         "score": sum(ratings) / ITEMS,
-        "hallucination_rate": percent(low, ITEMS),
+        "hallucination_rate": 100 * low / ITEMS,
         "score_per_type": by_type,
         "types": dict(zip(TYPES, by_type)),
     }

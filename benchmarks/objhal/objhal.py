@@ -20,7 +20,7 @@ from collections import Counter, defaultdict
 from itertools import groupby
 from pathlib import Path
 
-from benchmarks.common import HERE, Case, find, need_fields, percent, question_about, read
+from benchmarks.common import HERE, Case, find, need_fields, question_about, read
 from benchmarks.words import noun_reader, phrase_reader
 from support.cli import UserError
 
@@ -94,8 +94,8 @@ def score(answers, folder, settings):
     if count["responses"] == 0:
         raise UserError("no answer names any COCO object: there is nothing to score")
     metrics = {
-        "response_hallucination": percent(count["hallucinated"], count["responses"]),
-        "mention_hallucination": percent(count["false"], count["true"] + count["false"]),
+        "response_hallucination": 100 * count["hallucinated"] / count["responses"],
+        "mention_hallucination": 100 * count["false"] / (count["true"] + count["false"]),
     }
     return metrics, reading
 

@@ -15,7 +15,7 @@ asks as LLaVA's evaluation does, for a single word; "official" asks the bare que
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from benchmarks.common import Case, find, need_fields, percent, question_about, read, rows_of
+from benchmarks.common import Case, find, need_fields, question_about, read, rows_of
 
 ITEMS, ANSWER, JUDGE = 9000, "answer", "none"
 CATEGORIES = ("random", "popular", "adversarial")
@@ -110,9 +110,9 @@ def rates(count):
     true = both + count["no", "yes"]
     n = count.total()
     return {
-        "accuracy": percent(both + count["no", "no"], n),
-        "precision": percent(both, max(said, 1)),
-        "recall": percent(both, max(true, 1)),
-        "f1": percent(2 * both, max(said + true, 1)),  # the harmonic mean of these two
-        "yes_ratio": percent(said, n),
+        "accuracy": 100 * (both + count["no", "no"]) / n,
+        "precision": 100 * both / max(said, 1),
+        "recall": 100 * both / max(true, 1),
+        "f1": 100 * 2 * both / max(said + true, 1),  # the harmonic mean of these two
+        "yes_ratio": 100 * said / n,
     }
