@@ -86,9 +86,7 @@ def score(answers, folder, settings):
             kind = "true" if thing in there else "false"
             words.append((word, kind if thing else ""))
         kinds = Counter(kind for _, kind in words if kind)
-        count.update(kinds)
-        count["responses"] += len(kinds) > 0
-        count["hallucinated"] += kinds["false"] > 0
+        count.update(kinds, responses=len(kinds) > 0, hallucinated=kinds["false"] > 0)
         missed = sorted(there.difference(thing for _, thing in named))
         settings.cases.append(Case(kinds["false"] == 0, said, words=words, missed=missed))
     if count["responses"] == 0:
