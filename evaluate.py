@@ -20,7 +20,7 @@ is each benchmark's own reading.
 import datetime
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -75,8 +75,12 @@ def generate_on_server(args):
     from support.http import shown
 
     questions, made = ask(args)
-    made |= {"name": args.model, "model": args.model, "request": args.request}
-    made["server"] = shown(args.server)
+    made |= {
+        "name": args.model,
+        "model": args.model,
+        "request": args.request,
+        "server": shown(args.server),
+    }
     answers = Answers(args.out, made, questions)
     requests = [(n, asked.prompt, asked.image) for n, asked in enumerate(questions)]
     texts = ask_in_order(
@@ -209,7 +213,7 @@ class Options:
     """
 
     command: Literal[*COMMANDS]
-    names: list = field(default_factory=list)
+    names: list
     benchmark: str = "amber"
     data: str = None
     allow_outside: bool = False

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from benchmarks import score
 from benchmarks.amber import amber
-from benchmarks.common import Settings, read
+from benchmarks.common import Settings, made_of
 from support.cli import UserError
 from support.files import drop_torn_line, lock, write_json
 from support.images import open_images
@@ -100,7 +100,7 @@ class Answers:
         self.lock = lock(folder)
         known = self.path.with_suffix(".settings.json")
         if self.path.exists():
-            need_same(self.path, read(known) if known.exists() else {}, made)
+            need_same(self.path, made_of(self.path), made)
         self.count = drop_torn_line(self.path)
         self.need_answers()
         write_json(known, made)

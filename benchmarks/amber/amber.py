@@ -40,7 +40,7 @@ def questions(folder, settings):
     wanted = set(PARTS["of_dimension"][settings.dimension])
     rows = list(notes.values())
     if "query" not in rows[0]:
-        rows = read(find(folder, "query/query_all.json"))
+        rows = rows_of(folder, "query/query_all.json")
     for row in rows:
         kind = notes[row["id"]]["type"]
         if wanted.isdisjoint(PARTS["of_type"][kind]):

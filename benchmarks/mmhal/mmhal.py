@@ -14,7 +14,7 @@ clear rating counts as 0, as officially; protocol "symmpo" also takes a rating o
 
 import re
 
-from benchmarks.common import Case, find, question_about, read
+from benchmarks.common import Case, question_about, rows_of
 from support.cli import UserError
 
 ITEMS, ANSWER, JUDGE = 96, "model_answer", "needed"
@@ -32,7 +32,7 @@ RATING = re.compile(r"rating(?: *\(0 *(?:-|–|to) *6\))?\W*(?:(?:is|of)\W*)?([0
 
 def questions(folder, settings):
     asked = []
-    for row in read(find(folder, *FILES)):
+    for row in rows_of(folder, *FILES):
         row.pop(ANSWER, None)  # a template has an empty one
         asked.append(question_about(row, folder, "images", settings, other="image_src"))
     return asked

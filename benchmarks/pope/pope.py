@@ -15,7 +15,7 @@ asks as LLaVA's evaluation does, for a single word; "official" asks the bare que
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from benchmarks.common import Case, find, need_fields, question_about, read, rows_of
+from benchmarks.common import Case, need_fields, question_about, read, rows_of
 
 ITEMS, ANSWER, JUDGE = 9000, "answer", "none"
 CATEGORIES = ("random", "popular", "adversarial")
@@ -54,9 +54,10 @@ def published_rows(folder):
         return rows_of(folder, "POPE.tsv", "*.parquet", FIRST)
     rows = []
     for category in CATEGORIES:
-        for row in read(find(folder, f"coco_pope_{category}.json")):
-            words = {"category": category, "question": row["text"], "answer": row["label"]}
-            rows.append({**row, **words, "picture": row["image"]})
+        for row in rows_of(folder, f"coco_pope_{category}.json"):
+            row |= {"category": category, "question": row["text"], "answer": row["label"]}
+            row["picture"] = row["image"]
+            rows.append(row)
     return rows
 
 
