@@ -178,14 +178,15 @@ def of_yes_no(cases, part):
     start = 0.003 if part == "attribute" else 0.001  # attribute sums three denominators
     said_no = [case.right for case in cases if case.said == "No"]
     is_no = [case.right for case in cases if case.truth == "No"]
-    found = {
+    precision = ratio(sum(said_no), len(said_no), start)
+    recall = ratio(sum(is_no), len(is_no), start)
+    p, r = precision / 100, recall / 100  # F1 is of the rounded ones
+    return {
         "Accuracy": ratio(sum(case.right for case in cases), len(cases), start),
-        "Precision": ratio(sum(said_no), len(said_no), start),
-        "Recall": ratio(sum(is_no), len(is_no), start),
+        "Precision": precision,
+        "Recall": recall,
+        "F1": ratio(2 * p * r, p + r, 0.001 if part == "existence" else 0.0001),
     }
-    p, r = found["Precision"] / 100, found["Recall"] / 100  # of the rounded ones
-    found["F1"] = ratio(2 * p * r, p + r, 0.001 if part == "existence" else 0.0001)
-    return found
 
 
 def yes_or_no(text):
