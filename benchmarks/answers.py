@@ -79,15 +79,6 @@ def before_and_after(policy, prompts, folder):
         print(f"{name:20}" + "".join(f"{value:8.1f}" for value in values))
 
 
-def holds(line, record):
-    """Is the line a JSON object with all that is in the record?"""
-    try:
-        found = json.loads(line)
-    except ValueError:
-        return False
-    return isinstance(found, dict) and {**found, **record} == found
-
-
 class Answers:
     """answers.jsonl in a folder, which it holds the lock of, and beside it answers.settings.json:
     how they are made. It grows question by question. A killed run goes on; other settings, and
@@ -106,10 +97,15 @@ class Answers:
         write_json(known, made)
 
     def need_answers(self):
-        """Line n answers question n."""
+        """Line n answers question n: it has all that is in the question's record."""
         lines = self.path.read_bytes().splitlines() if self.count else []
         for number, (line, question) in enumerate(zip(lines, self.questions), start=1):
-            if not holds(line, question.record):
+            try:
+                found = json.loads(line)
+                is_its_answer = {**found, **question.record} == found
+            except (ValueError, TypeError):  # no JSON, or no object
+                is_its_answer = False
+            if not is_its_answer:
                 raise UserError(
                     f"{self.path}:{number}: not the answer to question {number}; remove this line "
                     "and those behind it, and the same command asks them again"

@@ -101,21 +101,17 @@ def score(answers, folder, settings):
     # People also publish the questions with an image alone, which is without a half of VS.
     of_vs = [place for place in right if place.category == "VS"]
     is_whole = not of_vs or any(place.without_image() for place in of_vs)
-    by_question = defaultdict(list)
-    by_figure = defaultdict(list)
-    for place, is_right in right.items():
+    for place in right:
         needs_original = is_whole or place.category != "VS"
         if needs_original and place._replace(figure_id="0") not in right:
             raise UserError(f"question {'/'.join(place)}: there is none like it of figure 0")
-        by_question[place._replace(figure_id="")].append(is_right)
-        if not place.without_image():
-            by_figure[place._replace(question_id="")].append(is_right)
-    if not by_figure:
+    of_figures = {place: ok for place, ok in right.items() if not place.without_image()}
+    if not of_figures:
         raise UserError("there are no answers about figures: no fAcc")
     metrics = {
-        "qAcc": share(by_question),
-        "fAcc": share(by_figure),
-        "aAcc": round(100 * sum(right.values()) / len(right), 4),
+        "qAcc": share(right, figure_id=""),
+        "fAcc": share(of_figures, question_id=""),
+        "aAcc": share(right),
     }
     reading = "no judge: first yes/no" if judgements is None else "judge"
     if not is_whole:
@@ -124,8 +120,12 @@ def score(answers, folder, settings):
     return metrics, reading
 
 
-def share(groups):
-    """In percent, the groups of answers that are right altogether."""
+def share(right, **left_out):
+    """In percent, the groups that are right altogether. The places of a group are alike but for
+    what is left out."""
+    groups = defaultdict(list)
+    for place, is_right in right.items():
+        groups[place._replace(**left_out)].append(is_right)
     whole = sum(map(all, groups.values()))
     return round(100 * whole / len(groups), 4)
 
