@@ -176,10 +176,8 @@ def need_fields(answers, kinds):
 
 def reply_text(reply):
     """The text of a judge's reply: itself, a line of judgements.jsonl, or a chat completion."""
-    if isinstance(reply, dict) and "text" in reply:
-        reply = reply["text"]
-    elif isinstance(reply, dict):
-        reply = reply["choices"][0]["message"]["content"]
+    if isinstance(reply, dict):
+        reply = reply["text"] if "text" in reply else reply["choices"][0]["message"]["content"]
     return reply or ""
 
 

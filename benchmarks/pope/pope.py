@@ -19,7 +19,6 @@ from benchmarks.common import Case, need_fields, question_about, read, rows_of
 
 ITEMS, ANSWER, JUDGE = 9000, "answer", "none"
 CATEGORIES = ("random", "popular", "adversarial")
-FIRST = "coco_pope_random.json"
 COLUMNS = {
     "F1 random↑": "random.f1",
     "F1 popular↑": "popular.f1",
@@ -50,8 +49,9 @@ def questions(folder, settings):
 def published_rows(folder):
     """Those of the three files, or of VLMEvalKit's TSV or the hub's parquet, in the latter's words.
     "picture" is the image's name, by which RePOPE knows a question."""
-    if not Path(folder, FIRST).is_file():
-        return rows_of(folder, "POPE.tsv", "*.parquet", FIRST)
+    rows = rows_of(folder, "coco_pope_random.json", "POPE.tsv", "*.parquet")
+    if "category" in rows[0]:
+        return rows
     rows = []
     for category in CATEGORIES:
         for row in rows_of(folder, f"coco_pope_{category}.json"):
