@@ -20,7 +20,7 @@ is each benchmark's own reading.
 import datetime
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -63,8 +63,7 @@ def generate(args):
         "square": args.square,
     }
     answers = Answers(args.out, made, questions)
-    decoding = made["decoding"]
-    texts = answer(model, prompts, questions, answers.count, args.batch_size, **decoding)
+    texts = answer(model, prompts, questions, answers.count, args.batch_size, **made["decoding"])
     return answers.extend(texts, BENCHMARKS[args.benchmark].ANSWER)
 
 
@@ -75,8 +74,12 @@ def generate_on_server(args):
     from support.http import shown
 
     questions, made = ask(args)
-    made |= {"name": args.model, "model": args.model, "request": args.request}
-    made["server"] = shown(args.server)
+    made |= {
+        "name": args.model,
+        "model": args.model,
+        "request": args.request,
+        "server": shown(args.server),
+    }
     answers = Answers(args.out, made, questions)
     requests = [(n, asked.prompt, asked.image) for n, asked in enumerate(questions)]
     texts = ask_in_order(
@@ -126,8 +129,7 @@ def score_files(args):
     result = made_of(args.answers)
     result |= score(args.benchmark, read(args.answers), args.data, settings_of(args, replies))
     if result["doubtful"]:
-        text = f"note: {result['doubts']} of {result['n']}; look at {args.answers}"
-        print(text, file=sys.stderr)
+        print(f"note: {result['doubts']} of {result['n']}; look at {args.answers}", file=sys.stderr)
     judged = replies and isinstance(replies[0], dict)
     result["judge"] = replies[0].get("model") if judged else None
     result["date"] = datetime.date.today().isoformat()
@@ -151,8 +153,7 @@ def show_report(args):
 
 
 def show_page(args):
-    files = args.names or [args.answers]
-    page.write(files, args.data, settings_of(args), args.out, args.limit)
+    page.write(args.names or [args.answers], args.data, settings_of(args), args.out, args.limit)
 
 
 def fetch_help(args):
@@ -209,7 +210,7 @@ class Options:
     """
 
     command: Literal[*COMMANDS]
-    names: list = field(default_factory=list)
+    names: list
     benchmark: str = "amber"
     data: str = None
     allow_outside: bool = False

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from benchmarks import score
 from benchmarks.amber import amber
-from benchmarks.common import Settings, read
+from benchmarks.common import Settings, made_of
 from support.cli import UserError
 from support.files import drop_torn_line, lock, write_json
 from support.images import open_images
@@ -79,15 +79,6 @@ def before_and_after(policy, prompts, folder):
         print(f"{name:20}" + "".join(f"{value:8.1f}" for value in values))
 
 
-def holds(line, record):
-    """Is the line a JSON object with all that is in the record?"""
-    try:
-        found = json.loads(line)
-    except ValueError:
-        return False
-    return isinstance(found, dict) and {**found, **record} == found
-
-
 class Answers:
     """answers.jsonl in a folder, which it holds the lock of, and beside it answers.settings.json:
     how they are made. It grows question by question. A killed run goes on; other settings, and
@@ -100,16 +91,21 @@ class Answers:
         self.lock = lock(folder)
         known = self.path.with_suffix(".settings.json")
         if self.path.exists():
-            need_same(self.path, read(known) if known.exists() else {}, made)
+            need_same(self.path, made_of(self.path), made)
         self.count = drop_torn_line(self.path)
         self.need_answers()
         write_json(known, made)
 
     def need_answers(self):
-        """Line n answers question n."""
+        """Line n answers question n: it has all that is in the question's record."""
         lines = self.path.read_bytes().splitlines() if self.count else []
         for number, (line, question) in enumerate(zip(lines, self.questions), start=1):
-            if not holds(line, question.record):
+            try:
+                found = json.loads(line)
+                is_its_answer = {**found, **question.record} == found
+            except (ValueError, TypeError):  # no JSON, or no object
+                is_its_answer = False
+            if not is_its_answer:
                 raise UserError(
                     f"{self.path}:{number}: not the answer to question {number}; remove this line "
                     "and those behind it, and the same command asks them again"

@@ -8,7 +8,6 @@ import csv
 import functools
 import glob
 import io
-import itertools
 import json
 import os
 import re
@@ -105,7 +104,10 @@ def files_of(folder, *patterns):
 
 def rows_of(folder, *patterns):
     """The rows of these files, which are the parts of one table."""
-    return list(itertools.chain.from_iterable(map(read, files_of(folder, *patterns))))
+    rows = []
+    for path in files_of(folder, *patterns):
+        rows += read(path)
+    return rows
 
 
 def find(folder, *names):
@@ -116,19 +118,21 @@ def find(folder, *names):
 # --- images ---------------------------------------------------------------------------------------
 
 
-def image_of(folder, subfolder, given, settings):
-    """A question's image as a path or bytes, from what the benchmarks' files have: a path, a web
-    address (its last part is the file's name), base64, bytes, or {"bytes", "path"}. None for none.
-    """
-    if isinstance(given, dict):
-        given = given.get("bytes") or given.get("path")
-    if not given:
-        return None
-    if isinstance(given, str) and "." in given:
-        return image_file(str(folder), subfolder, given, settings.allow_outside)
-    if isinstance(given, str):
-        return base64.b64decode(given)
-    return given
+def question_about(row, folder, subfolder, settings, prompt=None, other="image"):
+    """A Question about an image; its record is the row without it. The row has it under "image", or
+    in the `other` field: a path, a web address (its last part is the file's name), base64, bytes,
+    or {"bytes", "path"}. A question must not have lost its image."""
+    prompt = prompt or row["question"]
+    image = row.get("image") or row.get(other)
+    if isinstance(image, dict):
+        image = image.get("bytes") or image.get("path")
+    if not image:
+        raise UserError(f"{folder}: no image belongs to the question {prompt!r}")
+    if isinstance(image, str) and "." in image:
+        image = image_file(str(folder), subfolder, image, settings.allow_outside)
+    elif isinstance(image, str):
+        image = base64.b64decode(image)
+    return Question(prompt, image, {name: row[name] for name in row if name != "image"})
 
 
 @functools.cache
@@ -140,16 +144,6 @@ def image_file(folder, subfolder, name, allow_outside):
     path = find(folder, name, f"{subfolder}/{name}")
     open_image(os.path.relpath(path, folder), folder, allow_outside)
     return str(path)
-
-
-def question_about(row, folder, subfolder, settings, prompt=None, given=None):
-    """A Question about an image, which is given as `image_of` takes it; its record is the row
-    without it. A question must not have lost its image."""
-    prompt = prompt or row["question"]
-    image = image_of(folder, subfolder, given or row.get("image"), settings)
-    if image is None:
-        raise UserError(f"{folder}: no image belongs to the question {prompt!r}")
-    return Question(prompt, image, {name: row[name] for name in row if name != "image"})
 
 
 # --- answers --------------------------------------------------------------------------------------
@@ -176,23 +170,17 @@ def need_fields(answers, kinds):
     """Answers have these fields, {name: type or types}."""
     for number, answer in enumerate(answers, start=1):
         for name, kind in kinds.items():
-            if not isinstance(answer, dict) or not isinstance(answer.get(name), kind):
+            if not isinstance(answer.get(name), kind):
                 raise UserError(f"answer {number}: the field {name} is missing or of a wrong type")
 
 
 def reply_text(reply):
     """The text of a judge's reply: itself, a line of judgements.jsonl, or a chat completion."""
-    if isinstance(reply, dict) and "text" in reply:
-        reply = reply["text"]
-    elif isinstance(reply, dict):
-        reply = reply["choices"][0]["message"]["content"]
+    if isinstance(reply, dict):
+        reply = reply["text"] if "text" in reply else reply["choices"][0]["message"]["content"]
     return reply or ""
 
 
 def plain(reply):
     """What a judge says behind its thinking, without Markdown."""
     return re.sub("[*`#]", "", reply.rpartition("</think>")[2]).strip()
-
-
-def percent(part, whole):
-    return 100 * part / whole

@@ -19,7 +19,7 @@ from support.files import write_atomically
 from support.images import open_image
 
 
-def write(files, data, settings, out, limit=None):
+def write(files, data, settings, out, limit):
     """files: of answers. limit: how many cases of a benchmark are shown, 100 if None."""
     import jinja2
 
@@ -56,10 +56,10 @@ def add(sections, file, answers, data, settings):
             ids = {answer.get("id") for answer in answers}
             asked = module.questions(folder, settings)
             asked = [question for question in asked if question.record.get("id") in ids]
-            asked = in_order(asked, lambda question: question.record)
+            asked.sort(key=lambda question: place(question.record))
             sections[benchmark] = asked[: len(answers)], []
         questions, models = sections[benchmark]
-        answers = in_order(answers, lambda answer: answer)
+        answers.sort(key=place)
         need_same_questions(questions, answers, module.ANSWER)
     judged = Path(file).with_name("judgements.jsonl")
     own = replace(settings, judgements=read(judged) if judged.is_file() else None, cases=[])
@@ -68,10 +68,10 @@ def add(sections, file, answers, data, settings):
     models.append({**made_of(file), **found, **model})
 
 
-def in_order(rows, record_of):
-    """AMBER's by the ids in their records, since its files come in several orders; others have no
-    ids, and stay as they are."""
-    return sorted(rows, key=lambda row: record_of(row).get("id", 0))
+def place(record):
+    """AMBER's stand in the order of their ids, since its files come in several orders; others have
+    no ids, and stay as they are."""
+    return record.get("id", 0)
 
 
 def benchmark_of(answer):

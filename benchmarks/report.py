@@ -24,7 +24,7 @@ def write(files, folder, paper=None, differences=False):
     ours = {}
     models = {result.get("row") or result["name"] for result in results}
     if differences and len(models) > 1:
-        raise UserError(f"--differences: for one model, and these are {', '.join(models)}")
+        raise UserError(f"--differences: for one model, and these are {', '.join(sorted(models))}")
     for result in results:
         name = result.get("row") or result["name"]
         if result["reading"].startswith("no judge"):
@@ -44,9 +44,9 @@ def write(files, folder, paper=None, differences=False):
     headings = {}  # in the order in which they come
     for row in rows.values():
         headings |= dict.fromkeys(row)
-    lines = table(rows, known, headings, ours) + [""] + made(results)
+    lines = [*table(rows, known, headings, ours), "", *map(made, results)]
     if differences:
-        lines += [""] + other_settings(results)
+        lines += ["", *other_settings(results)]
     text = "\n".join(lines)
     print(text)
     write_atomically(Path(folder, "report.md"), text + "\n")
@@ -112,13 +112,10 @@ def with_spread(values):
     return f"{values[0]:.4g}" if values else ""
 
 
-def made(results):
-    """A line for each row: how it came about."""
-    lines = []
-    for result in results:
-        facts = [f"{name}: {value}" for name, value in result.items() if name != "metrics"]
-        lines.append("- " + "; ".join(facts))
-    return lines
+def made(result):
+    """A line: how a row came about."""
+    facts = [f"{name}: {value}" for name, value in result.items() if name != "metrics"]
+    return "- " + "; ".join(facts)
 
 
 def draw(rows, headings, path):

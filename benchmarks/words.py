@@ -17,64 +17,51 @@ def split(text):
     return [word for word in words if word]
 
 
-def nltk_reader():
-    """text -> [(lemma, is it a noun?, word)]; ImportError or LookupError where NLTK or its data
-    lack."""
-    import nltk
+def noun_reader(table):
+    """(text -> [(lemma, is it a noun?, word)], how, for the result): by NLTK, or else by a table of
+    lemmas. Without a tagger any word but a function word may be a noun."""
 
-    lemma = nltk.stem.WordNetLemmatizer().lemmatize
-    nltk.pos_tag(nltk.word_tokenize(lemma("dogs")))  # its data lack now, not in mid-file
+    def by_table(text):
+        return [(table.get(word, word), word not in FUNCTION_WORDS, word) for word in split(text)]
 
-    def read(text):
+    def by_nltk(text):
         tagged = nltk.pos_tag(nltk.word_tokenize(text))
         return [(lemma(word), tag.startswith("NN"), word) for word, tag in tagged]
 
-    return read
-
-
-def table_reader(table):
-    """The same by a table of lemmas. Without a tagger any word but a function word may be one."""
-
-    def read(text):
-        return [(table.get(word, word), word not in FUNCTION_WORDS, word) for word in split(text)]
-
-    return read
-
-
-def noun_reader(table):
-    """(reader, its name for the result)."""
     try:
-        return nltk_reader(), "NLTK tagger and lemmas"
+        import nltk
+
+        lemma = nltk.stem.WordNetLemmatizer().lemmatize
+        by_nltk(lemma("dogs"))  # its data lack now, not in mid-file
     except (ImportError, LookupError):
-        return table_reader(table), "lemma table, no tagger"
+        return by_table, "lemma table, no tagger"
+    return by_nltk, "NLTK tagger and lemmas"
 
 
 def phrase_reader(table):
-    """As noun_reader, for the noun phrases that a judge lists: spaCy, or else a word is a noun when
-    it is in the table, or ends the phrase, or stands before a function word."""
-    try:
-        import spacy
+    """As noun_reader, for the noun phrases that a judge lists: by spaCy, or else a word is a noun
+    when it is in the table, or ends the phrase, or stands before a function word."""
 
-        nlp = spacy.load("en_core_web_trf")
-    except (ImportError, OSError):
-        pass
-    else:
-        return (
-            lambda text: [(t.lemma_, t.tag_.startswith("NN"), t.text) for t in nlp(f"a {text}")],
-            "en_core_web_trf",
-        )
-
-    def read(text):
+    def by_table(text):
         found = []
         for word, after in pairwise([*split(text.lower()), "of"]):
             is_noun = word in table or after in FUNCTION_WORDS
             found.append((table.get(word, word), is_noun and word not in FUNCTION_WORDS, word))
         return found
 
-    return read, "lemma table, no tagger"
+    def by_spacy(text):
+        return [(t.lemma_, t.tag_.startswith("NN"), t.text) for t in nlp(f"a {text}")]
+
+    try:
+        import spacy
+
+        nlp = spacy.load("en_core_web_trf")
+    except (ImportError, OSError):
+        return by_table, "lemma table, no tagger"
+    return by_spacy, "en_core_web_trf"
 
 
-def similarity(pairs=None):
+def similarity(pairs):
     """(are two words alike?, name): by the pairs given, else by spaCy, else if they are equal."""
     if pairs is not None:
         alike = {frozenset(pair[:2]) for pair in pairs}

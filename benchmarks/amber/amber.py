@@ -40,7 +40,7 @@ def questions(folder, settings):
     wanted = set(PARTS["of_dimension"][settings.dimension])
     rows = list(notes.values())
     if "query" not in rows[0]:
-        rows = read(find(folder, "query/query_all.json"))
+        rows = rows_of(folder, "query/query_all.json")
     for row in rows:
         kind = notes[row["id"]]["type"]
         if wanted.isdisjoint(PARTS["of_type"][kind]):
@@ -60,8 +60,13 @@ def notes_of(folder):
     notes = {}
     for row in rows:
         number = int(row["index"])
-        note = {"id": number, "type": row["category"], "truth": row["answer"]}
-        notes[number] = {**note, "query": row["question"], "image": row["image"]}
+        notes[number] = {
+            "id": number,
+            "type": row["category"],
+            "truth": row["answer"],
+            "query": row["question"],
+            "image": row["image"],
+        }
     return notes
 
 
@@ -70,7 +75,7 @@ def score(answers, folder, settings):
     need_fields(answers, {ANSWER: str, "id": int})
     notes = notes_of(folder)
     captions = None
-    yes_no = defaultdict(list)
+    cases = defaultdict(list)
     for number, answer in enumerate(answers, start=1):
         if answer["id"] not in notes:
             raise UserError(f"answer {number}: AMBER has no question with the id {answer['id']}")
@@ -79,18 +84,18 @@ def score(answers, folder, settings):
         if note["type"] == "generative":
             if captions is None:
                 captions = Captions(folder, settings.similar)
-            settings.cases.append(captions.add(text, note))
-            continue
-        said = yes_or_no(text) if settings.protocol == "symmpo" else text
-        truth = note["truth"].title()
-        case = Case(said == truth, said, truth)
+            case = captions.add(text, note)
+        else:
+            said = yes_or_no(text) if settings.protocol == "symmpo" else text
+            truth = note["truth"].title()
+            case = Case(said == truth, said, truth)
         settings.cases.append(case)
         for part in PARTS["of_type"][note["type"]]:
-            yes_no[part].append(case)
+            cases[part].append(case)
     metrics = {}
     for part in PARTS["of_dimension"][settings.dimension]:
         if part != "generative":
-            metrics[part] = of_yes_no(yes_no[part], part)
+            metrics[part] = of_yes_no(cases[part], part)
         elif captions is not None:
             metrics[part] = captions.metrics()
     return metrics, settings.protocol if captions is None else captions.reading
@@ -107,12 +112,10 @@ class Captions:
     Hal     captions with a wrong mention
     Cog     likely inventions (the annotators' `hallu` lists) that are mentioned, among these"""
 
-    def __init__(self, folder, similar=None):
+    def __init__(self, folder, similar):
         self.relation = read(find(folder, "relation.json"))
         self.safe = find(folder, "safe_words.txt").read_text(encoding="utf-8").split("\n")
-        self.known = set(self.relation)
-        for words in self.relation.values():
-            self.known.update(words)
+        self.known = set(self.relation).union(*self.relation.values())
         self.tokens, reader = noun_reader(read(HERE / "amber/lemma_table.json"))
         self.alike, judge = similarity(similar)
         self.reading = f"{reader}; similarity: {judge}"
@@ -138,13 +141,15 @@ class Captions:
                 kind = "false" if there is None else "true"
             words.append((word, kind))
         kinds = Counter(kind for _, kind in words)
-        self.count.update(kinds)
-        self.count["captions"] += 1
-        self.count["with wrong"] += kinds["false"] > 0
-        self.count["objects"] += len(note["truth"])
-        self.count["covered"] += len(covered - {None})
-        self.count["likely"] += len(note["hallu"])
-        self.count["invented"] += len(invented - {None})
+        self.count.update(
+            kinds,
+            captions=1,
+            wrong=kinds["false"] > 0,
+            objects=len(note["truth"]),
+            covered=len(covered - {None}),
+            likely=len(note["hallu"]),
+            invented=len(invented - {None}),
+        )
         missed = [thing for thing in note["truth"] if thing not in covered]
         return Case(kinds["false"] == 0, words=words, missed=missed)
 
@@ -163,7 +168,7 @@ class Captions:
         return {
             "CHAIR": ratio(n["false"], n["true"] + n["false"] + n["safe"]),
             "Cover": ratio(n["covered"], n["objects"]),
-            "Hal": ratio(n["with wrong"] + 0.001, n["captions"]),  # officially 100 - those without
+            "Hal": ratio(n["wrong"] + 0.001, n["captions"]),  # officially 100 - those without
             "Cog": ratio(n["invented"], n["likely"]),
         }
 
@@ -173,14 +178,15 @@ def of_yes_no(cases, part):
     start = 0.003 if part == "attribute" else 0.001  # attribute sums three denominators
     said_no = [case.right for case in cases if case.said == "No"]
     is_no = [case.right for case in cases if case.truth == "No"]
-    found = {
+    precision = ratio(sum(said_no), len(said_no), start)
+    recall = ratio(sum(is_no), len(is_no), start)
+    p, r = precision / 100, recall / 100  # F1 is of the rounded ones
+    return {
         "Accuracy": ratio(sum(case.right for case in cases), len(cases), start),
-        "Precision": ratio(sum(said_no), len(said_no), start),
-        "Recall": ratio(sum(is_no), len(is_no), start),
+        "Precision": precision,
+        "Recall": recall,
+        "F1": ratio(2 * p * r, p + r, 0.001 if part == "existence" else 0.0001),
     }
-    p, r = found["Precision"] / 100, found["Recall"] / 100  # of the rounded ones
-    found["F1"] = ratio(2 * p * r, p + r, 0.001 if part == "existence" else 0.0001)
-    return found
 
 
 def yes_or_no(text):

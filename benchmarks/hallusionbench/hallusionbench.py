@@ -16,7 +16,7 @@ import re
 from collections import defaultdict
 from typing import NamedTuple
 
-from benchmarks.common import Case, Question, need_fields, percent, question_about, rows_of
+from benchmarks.common import Case, Question, need_fields, question_about, rows_of
 from support.cli import UserError
 
 ITEMS, ANSWER, JUDGE = 1129, "model_prediction", "optional"
@@ -43,11 +43,11 @@ def questions(folder, settings):
         if "l2-category" in row:
             row = row_of_tsv(row)
         if str(row["visual_input"]) == "0":
-            record = {name: row[name] for name in row if name != "image"}
-            asked.append(Question(row["question"], None, record))
+            row.pop("image", None)  # the parquet has an empty one
+            asked.append(Question(row["question"], None, row))
         else:
-            given = row.get("image") or row.get("filename")
-            asked.append(question_about(row, folder, "hallusion_bench", settings, given=given))
+            question = question_about(row, folder, "hallusion_bench", settings, other="filename")
+            asked.append(question)
     return asked
 
 
@@ -101,27 +101,33 @@ def score(answers, folder, settings):
     # People also publish the questions with an image alone, which is without a half of VS.
     of_vs = [place for place in right if place.category == "VS"]
     is_whole = not of_vs or any(place.without_image() for place in of_vs)
-    by_question = defaultdict(list)
-    by_figure = defaultdict(list)
-    for place, is_right in right.items():
+    for place in right:
         needs_original = is_whole or place.category != "VS"
         if needs_original and place._replace(figure_id="0") not in right:
             raise UserError(f"question {'/'.join(place)}: there is none like it of figure 0")
-        by_question[place._replace(figure_id="")].append(is_right)
-        if not place.without_image():
-            by_figure[place._replace(question_id="")].append(is_right)
-    if not by_figure:
+    of_figures = {place: ok for place, ok in right.items() if not place.without_image()}
+    if not of_figures:
         raise UserError("there are no answers about figures: no fAcc")
     metrics = {
-        "qAcc": round(percent(sum(map(all, by_question.values())), len(by_question)), 4),
-        "fAcc": round(percent(sum(map(all, by_figure.values())), len(by_figure)), 4),
-        "aAcc": round(percent(sum(right.values()), len(right)), 4),
+        "qAcc": share(right, figure_id=""),
+        "fAcc": share(of_figures, question_id=""),
+        "aAcc": share(right),
     }
     reading = "no judge: first yes/no" if judgements is None else "judge"
     if not is_whole:
         del metrics["qAcc"]
         reading += "; image questions alone, no qAcc"
     return metrics, reading
+
+
+def share(right, **left_out):
+    """In percent, the groups that are right altogether. The places of a group are alike but for
+    what is left out."""
+    groups = defaultdict(list)
+    for place, is_right in right.items():
+        groups[place._replace(**left_out)].append(is_right)
+    whole = sum(map(all, groups.values()))
+    return round(100 * whole / len(groups), 4)
 
 
 def judged_right(reply, place):

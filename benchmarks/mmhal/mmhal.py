@@ -14,7 +14,7 @@ clear rating counts as 0, as officially; protocol "symmpo" also takes a rating o
 
 import re
 
-from benchmarks.common import Case, find, percent, question_about, read
+from benchmarks.common import Case, question_about, rows_of
 from support.cli import UserError
 
 ITEMS, ANSWER, JUDGE = 96, "model_answer", "needed"
@@ -32,10 +32,9 @@ RATING = re.compile(r"rating(?: *\(0 *(?:-|–|to) *6\))?\W*(?:(?:is|of)\W*)?([0
 
 def questions(folder, settings):
     asked = []
-    for row in read(find(folder, *FILES)):
+    for row in rows_of(folder, *FILES):
         row.pop(ANSWER, None)  # a template has an empty one
-        given = row.get("image") or row.get("image_src")
-        asked.append(question_about(row, folder, "images", settings, given=given))
+        asked.append(question_about(row, folder, "images", settings, other="image_src"))
     return asked
 
 
@@ -62,7 +61,7 @@ def score(answers, folder, settings):
     by_type = [sum(ratings[first::8]) / 12 for first in range(8)]  # the types come in turns
     metrics = {
         "score": sum(ratings) / ITEMS,
-        "hallucination_rate": percent(low, ITEMS),
+        "hallucination_rate": 100 * low / ITEMS,
         "score_per_type": by_type,
         "types": dict(zip(TYPES, by_type)),
     }

@@ -14,7 +14,7 @@ import contextlib
 import re
 from collections import Counter
 
-from benchmarks.common import HERE, Case, need_fields, percent, question_about, read, rows_of
+from benchmarks.common import HERE, Case, need_fields, question_about, read, rows_of
 from support.cli import UserError
 
 ITEMS, ANSWER, JUDGE = 1500, "prediction", "none"
@@ -58,7 +58,7 @@ def score(answers, folder, settings):
     metrics = {}
     for part in size:  # officially a sub-category is divided by what was answered of it
         whole = count[part] if "(" in part else size[part]
-        metrics[part] = percent(right[part], whole)
+        metrics[part] = 100 * right[part] / whole
     return metrics, "first letter a-d" if settings.protocol == "symmpo" else "letter in place"
 
 

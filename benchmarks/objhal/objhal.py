@@ -20,12 +20,11 @@ from collections import Counter, defaultdict
 from itertools import groupby
 from pathlib import Path
 
-from benchmarks.common import HERE, Case, find, need_fields, percent, question_about, read
+from benchmarks.common import HERE, Case, find, need_fields, question_about, read, rows_of
 from benchmarks.words import noun_reader, phrase_reader
 from support.cli import UserError
 
 ITEMS, ANSWER, JUDGE = 300, "text", "optional"
-QUESTIONS = "obj_halbench_300_with_image.jsonl"
 COCO = (
     "annotations/instances_train2014.json",
     "annotations/instances_val2014.json",
@@ -36,7 +35,7 @@ COLUMNS = {"Resp.↓": "response_hallucination", "Ment.↓": "mention_hallucinat
 
 
 def questions(folder, settings):
-    rows = read(find(folder, QUESTIONS))
+    rows = rows_of(folder, "obj_halbench_300_with_image.jsonl")
     return [question_about(row, folder, "images", settings) for row in rows]
 
 
@@ -86,16 +85,14 @@ def score(answers, folder, settings):
             kind = "true" if thing in there else "false"
             words.append((word, kind if thing else ""))
         kinds = Counter(kind for _, kind in words if kind)
-        count.update(kinds)
-        count["responses"] += len(kinds) > 0
-        count["hallucinated"] += kinds["false"] > 0
+        count.update(kinds, responses=len(kinds) > 0, hallucinated=kinds["false"] > 0)
         missed = sorted(there.difference(thing for _, thing in named))
         settings.cases.append(Case(kinds["false"] == 0, said, words=words, missed=missed))
     if count["responses"] == 0:
         raise UserError("no answer names any COCO object: there is nothing to score")
     metrics = {
-        "response_hallucination": percent(count["hallucinated"], count["responses"]),
-        "mention_hallucination": percent(count["false"], count["true"] + count["false"]),
+        "response_hallucination": 100 * count["hallucinated"] / count["responses"],
+        "mention_hallucination": 100 * count["false"] / (count["true"] + count["false"]),
     }
     return metrics, reading
 
@@ -149,13 +146,12 @@ class Names:
     def merge_doubles(self, tokens):
         """[(one word or two, their name)]: the lemmas, merged from left to right."""
         merged = []
-        i = 0
-        while i < len(tokens):
-            double = " ".join(lemma for lemma, _, _ in tokens[i : i + 2])
+        while tokens:
+            double = " ".join(lemma for lemma, _, _ in tokens[:2])
             size = 2 if double in self.doubles else 1
-            name = self.doubles.get(double, tokens[i][0])
-            merged.append((" ".join(word for _, _, word in tokens[i : i + size]), name))
-            i += size
+            name = self.doubles.get(double, tokens[0][0])
+            merged.append((" ".join(word for _, _, word in tokens[:size]), name))
+            tokens = tokens[size:]
         return merged
 
     def names_of_phrase(self, tokens):

@@ -15,11 +15,10 @@ asks as LLaVA's evaluation does, for a single word; "official" asks the bare que
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from benchmarks.common import Case, find, need_fields, percent, question_about, read, rows_of
+from benchmarks.common import Case, need_fields, question_about, read, rows_of
 
 ITEMS, ANSWER, JUDGE = 9000, "answer", "none"
 CATEGORIES = ("random", "popular", "adversarial")
-FIRST = "coco_pope_random.json"
 COLUMNS = {
     "F1 random↑": "random.f1",
     "F1 popular↑": "popular.f1",
@@ -50,13 +49,15 @@ def questions(folder, settings):
 def published_rows(folder):
     """Those of the three files, or of VLMEvalKit's TSV or the hub's parquet, in the latter's words.
     "picture" is the image's name, by which RePOPE knows a question."""
-    if not Path(folder, FIRST).is_file():
-        return rows_of(folder, "POPE.tsv", "*.parquet", FIRST)
+    rows = rows_of(folder, "coco_pope_random.json", "POPE.tsv", "*.parquet")
+    if "category" in rows[0]:
+        return rows
     rows = []
     for category in CATEGORIES:
-        for row in read(find(folder, f"coco_pope_{category}.json")):
-            words = {"category": category, "question": row["text"], "answer": row["label"]}
-            rows.append({**row, **words, "picture": row["image"]})
+        for row in rows_of(folder, f"coco_pope_{category}.json"):
+            row |= {"category": category, "question": row["text"], "answer": row["label"]}
+            row["picture"] = row["image"]
+            rows.append(row)
     return rows
 
 
@@ -110,9 +111,9 @@ def rates(count):
     true = both + count["no", "yes"]
     n = count.total()
     return {
-        "accuracy": percent(both + count["no", "no"], n),
-        "precision": percent(both, max(said, 1)),
-        "recall": percent(both, max(true, 1)),
-        "f1": percent(2 * both, max(said + true, 1)),  # the harmonic mean of these two
-        "yes_ratio": percent(said, n),
+        "accuracy": 100 * (both + count["no", "no"]) / n,
+        "precision": 100 * both / max(said, 1),
+        "recall": 100 * both / max(true, 1),
+        "f1": 100 * 2 * both / max(said + true, 1),  # the harmonic mean of these two
+        "yes_ratio": 100 * said / n,
     }
