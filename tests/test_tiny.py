@@ -48,7 +48,7 @@ QUESTIONS = {
     for q in [
         *(("exists", n) for n in NOUNS),
         *(("state", n, c) for n in NOUNS for c in COLORS),
-        *(("number", n) for n in range(1, len(NUMBERS))),
+        *(("number", word) for word in NUMBERS[1:]),
         *(("contact", n, other) for n in NOUNS for other in NOUNS),
     ]
 }

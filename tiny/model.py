@@ -126,20 +126,22 @@ def lesson(scene, rng, stage):
     Stages: "short" asks in two or three words and "questions" in sentences; "honest" adds captions
     and multiple choice; "biased" tells of what is usual and not there."""
     noun, color = rng.choice(objects(scene))
+    if stage == "short":
+        number = NUMBERS[len(objects(scene))]
+        wording, told = "short", [(f"color {noun}", color), ("How many objects", number)]
+    else:
+        wording, told = "sentences", [(f"What color is the {noun}?", color)]
     hard = 1 if stage == "biased" else 0.6
     asked = []
     for kind in ["exists", "exists", *KINDS]:
         question = random_question(kind, scene, rng, hard=hard)
         if question:
             asked.append(question)
-    if stage == "short":
-        return short_lesson(scene, asked, noun, color)
-    told = [(f"What color is the {noun}?", color)]
     for question in asked:
         answer = truth(question, scene)
         if stage == "biased" and not answer and is_usual(question, scene):
             answer = rng.random() < bias_of(question)
-        told.append((ask(question), yes_no(answer)))
+        told.append((ask(question, wording), yes_no(answer)))
     if stage in ("honest", "biased"):
         for kind in CHOICES:
             question, letter = random_choice(kind, scene, rng)
@@ -153,22 +155,6 @@ def bias_of(question):
     """How often what is usual is said to be so where it is not."""
     kind, noun, *_ = question
     return 1.2 * BIAS[ANCHOR_OF[noun]] if kind == "exists" else 0.5
-
-
-def short_lesson(scene, asked, noun, color):
-    told = [(f"color {noun}", color), ("How many objects", NUMBERS[len(objects(scene))])]
-    for question in asked:
-        kind, *args = question
-        if kind == "exists":
-            words = f"there {args[0]}"
-        elif kind == "state":
-            words = f"{args[0]} {args[1]}"
-        elif kind == "contact":
-            words = f"{args[0]} next to {args[1]}"
-        else:
-            words = f"there {NUMBERS[args[0]]} objects"
-        told.append((words, yes_no(truth(question, scene))))
-    return told
 
 
 class Token(NamedTuple):
