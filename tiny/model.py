@@ -6,7 +6,6 @@ it could describe well. Matching patches to words stands in for CLIP's pretraini
 two words, then questions alone, for a language model's.
 """
 
-import json
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -44,7 +43,7 @@ DIRECT = [  # what evaluate.py puts under MMStar's questions
     "Answer with the option's letter from the given choices directly.",
 ]
 PATCHES = (SIDE // CELL) ** 2
-BOS, EOS, PAD, IMAGE = 1, 2, 3, 4  # token ids
+PAD, IMAGE = 3, 4  # token ids, as in architecture.json
 
 # --- untrained ------------------------------------------------------------------------------------
 
@@ -57,19 +56,17 @@ def new_processor():
     return LlavaProcessor.from_pretrained(Path(__file__).with_name("processor"))
 
 
-def new_model(vocabulary):
+def new_model():
     """A LLaVA with random weights: 0.8 million parameters, 9 image tokens."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-    tokens = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
-    shape = json.loads(Path(__file__).with_name("architecture.json").read_text())
     # At the usual initializer_range of 0.02 a model this narrow does not start to learn.
-    shape["text_config"] |= {"vocab_size": vocabulary, **tokens}
-    model = LlavaForConditionalGeneration(LlavaConfig(**shape, **tokens))
+    config = LlavaConfig.from_json_file(Path(__file__).with_name("architecture.json"))
+    model = LlavaForConditionalGeneration(config)
     # Attention starts by looking for its own content, which is half of "is this in the image?".
     for layer in model.model.language_model.layers:
         layer.self_attn.k_proj.weight.data.copy_(layer.self_attn.q_proj.weight.data)
-    model.generation_config.update(**tokens, max_new_tokens=64)
+    model.generation_config.max_new_tokens = 64
     return model
 
 
