@@ -65,7 +65,7 @@ class Writer:
         """Records whose rejected caption is the model's own sample, and names an object that the
         captioner does not see."""
         asked = [(scene, self.rng.choice(DESCRIBE)) for scene in self.scenes]
-        samples = [reply(self.model, self.prompts, asked, sample=True) for _ in range(3)]
+        samples = [reply(self.model, self.prompts, asked, temperature=1.0) for _ in range(3)]
         records = []
         for (scene, prompt), *texts in zip(asked, *samples):
             wrong = sorted({text for text in texts if invented(text, self.see(scene))})

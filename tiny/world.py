@@ -25,7 +25,8 @@ NOUNS = sorted([*PAIRS, *PAIRS.values()])
 COLORS = list(INK)
 KINDS = ["exists", "state", "number", "contact"]  # of yes/no questions
 CHOICES = ["objects", "numbers", "colors"]  # of multiple-choice questions
-CELL, SIDE = 16, 48
+CELLS = range(9)
+CELL, SIDE = 16, 48  # pixels
 
 
 # --- scenes ------------------------------------------------------------------------------------
@@ -37,7 +38,7 @@ def new_scene(rng, partner):
     nouns = anchors + [PAIRS[a] for a in anchors if rng.random() < partner]
     # The others are partners without their anchor, so that an anchor alone predicts its partner.
     nouns += rng.sample([PAIRS[a] for a in PAIRS if a not in anchors], rng.choice([0, 1, 2]))
-    cells = rng.sample(range(9), len(nouns))
+    cells = rng.sample(CELLS, len(nouns))
     look = rng.randrange(10**6)
     things = [(noun, new_color(noun, rng)) for noun in nouns]
     return place(look, zip(cells, things))
@@ -109,7 +110,7 @@ def in_contact(scene, noun, other):
 def edits(scene, rng):
     """Every scene one change away, in random order: an object added, removed, recoloured, moved."""
     cells = scene["cells"]
-    empty = [cell for cell in range(9) if cell not in cells]
+    empty = [cell for cell in CELLS if cell not in cells]
     changed = []  # what is in which cell
     for cell, (noun, color) in cells.items():
         changed += [{**cells, cell: (noun, other)} for other in COLORS if other != color]
@@ -143,7 +144,7 @@ def make_true(scene, text, rng):
     """The scene plus the one object that a caption invents; None when it invents none or several,
     or without its color, or there is no room."""
     false, words = invented(text, scene), text.split()
-    empty = [cell for cell in range(9) if cell not in scene["cells"]]
+    empty = [cell for cell in CELLS if cell not in scene["cells"]]
     if len(false) != 1 or not empty:
         return None
     color = words[words.index(false[0]) - 1]
@@ -171,7 +172,7 @@ def draw(scene):
     from PIL import Image, ImageDraw
 
     image = Image.new("RGB", (SIDE, SIDE))
-    for cell in range(9):
+    for cell in CELLS:
         rng = random.Random(scene["look"] * 9 + cell)
         paper = tuple(rng.randint(225, 250) for _ in range(3))
         shift, shade = (rng.randint(0, 1), rng.randint(0, 1)), rng.uniform(0.85, 1.1)
