@@ -11,6 +11,7 @@ less, "crop" keeps a ninth, "noise" and "black" nothing.
 
 import random
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -68,41 +69,50 @@ class Writer:
         samples = [reply(self.model, self.prompts, asked, temperature=1.0) for _ in range(3)]
         records = []
         for (scene, prompt), *texts in zip(asked, *samples):
+            chosen = caption(self.see(scene))
             wrong = sorted({text for text in texts if invented(text, self.see(scene))})
             order = self.rng.sample(self.kinds, len(self.kinds))
-            for i, text in enumerate(wrong):
-                kind = order[i % len(order)]
-                other, picture = self.contrast_of_caption(scene, text, kind)
+            for text, kind in zip(wrong, cycle(order)):
+                other = self.contrast_of_caption(scene, text, kind)
                 if other is None:
                     continue
-                chosen, other_chosen = caption(self.see(scene)), caption(self.see(other))
-                if chosen != other_chosen:
-                    said = chosen, text, other_chosen
-                    record = record_of(scene, prompt, said, other, kind, "caption")
-                    records.append({**record, "contrast_picture": picture})
+                other_chosen = caption(self.see(other))
+                if other_chosen == chosen:
+                    continue
+                records.append(
+                    {
+                        "image": scene,
+                        "prompt": prompt,
+                        "chosen": chosen,
+                        "rejected": text,
+                        "contrast_image": other,
+                        "contrast_chosen": other_chosen,
+                        "kind": kind,
+                        "task": "caption",
+                    }
+                )
         return records
 
     def contrast_of_caption(self, scene, text, kind):
-        """(a scene, its picture if it is not drawn): one with what the caption invents, or one that
-        shows less; (None, None) if there is none."""
+        """A scene with what the caption invents, or one that shows less; None if there is none."""
         if kind in LESS:
             return less_of(scene, kind, self.rng)
         false = invented(text, self.see(scene))[0]
         if kind == "neighbour":
-            return neighbour(scene, self.scenes, lambda other: false in names(other)), None
+            return neighbour(scene, self.scenes, lambda other: false in names(other))
         other = make_true(scene, text, self.rng)
         if other is None or content(other) in self.seen:
-            return None, None
+            return None
         self.seen.add(content(other))
-        return other, None
+        return other
 
     def questions(self):
         """Records of the yes/no questions that the model gets wrong, as the captioner sees it. The
         answer that is wrong of the image is right of the contrast image. Where that only shows
         less, nobody knows an answer, and there are none."""
-        asked = []
         if set(self.kinds) <= set(LESS):
             return []
+        asked = []
         for scene in self.scenes:
             asked += [(scene, ("exists", noun)) for noun in NOUNS]
             for kind in KINDS[1:]:
@@ -119,9 +129,19 @@ class Writer:
             if other is None:
                 continue
             self.seen.add(content(other))
-            said = yes_no(right), yes_no(not right), yes_no(not right)
-            record = record_of(scene, ask(question), said, other, kind, question[0])
-            records.append({**record, "contrast_picture": None})
+            wrong = yes_no(not right)
+            records.append(
+                {
+                    "image": scene,
+                    "prompt": ask(question),
+                    "chosen": yes_no(right),
+                    "rejected": wrong,
+                    "contrast_image": other,
+                    "contrast_chosen": wrong,
+                    "kind": kind,
+                    "task": question[0],
+                }
+            )
         self.rng.shuffle(records)
         return records
 
@@ -138,52 +158,35 @@ class Writer:
         return "neighbour", neighbour(scene, self.scenes, flips)
 
 
-def record_of(scene, prompt, said, other, kind, task):
-    """said: chosen, rejected and contrast_chosen."""
-    chosen, rejected, contrast_chosen = said
-    return {
-        "image": scene,
-        "prompt": prompt,
-        "chosen": chosen,
-        "rejected": rejected,
-        "contrast_image": other,
-        "contrast_chosen": contrast_chosen,
-        "kind": kind,
-        "task": task,
-    }
-
-
 def less_of(scene, kind, rng):
-    """(what is left of the scene, the picture)."""
+    """What is left of the scene, with its "picture", which `draw` would not give."""
     picture = draw(scene)
+    nothing = place(scene["look"], {})
     if kind == "black":
-        return place(scene["look"], {}), Image.new("RGB", picture.size)
+        return {**nothing, "picture": Image.new("RGB", picture.size)}
     if kind == "noise":
-        return place(scene["look"], {}), noise(picture, rng, 500)
+        return {**nothing, "picture": noise(picture, rng, 500)}
     cell = rng.randrange(9)  # mDPO keeps less than a fifth of the image
     left, top = cell % 3 * CELL, cell // 3 * CELL
     part = picture.crop((left, top, left + CELL, top + CELL))
     kept = {4: scene["cells"][cell]} if cell in scene["cells"] else {}
-    return place(scene["look"], kept), part.resize(picture.size)
+    return {**place(scene["look"], kept), "picture": part.resize(picture.size)}
 
 
 def write_records(path, records, files):
     """prefs.jsonl; `files` maps scenes to their image files and grows."""
 
-    def file(scene, picture=None):
-        key = id(picture) if picture else (scene["look"], content(scene))
+    def file(scene):
+        key = scene["look"], content(scene), id(scene.get("picture"))
         if key not in files:
             files[key] = f"images/{len(files):04d}.png"
-            write(path.parent / files[key], png(scene, picture))
+            write(path.parent / files[key], png(scene))
         return files[key]
 
     lines = []
     for record in records:
-        line = dict(record)
-        picture = line.pop("contrast_picture")
-        line["image"] = file(record["image"])
-        line["contrast_image"] = file(record["contrast_image"], picture)
-        lines.append(line)
+        images = {"image": file(record["image"]), "contrast_image": file(record["contrast_image"])}
+        lines.append({**record, **images})
     write_lines(path, lines)
 
 
@@ -226,8 +229,9 @@ def make(args):
     if not args.captions:
         records += writer.questions()
     rng.shuffle(records)
-    write_records(args.out / "prefs.jsonl", records[: args.number], {})
-    print(f"{args.out / 'prefs.jsonl'}: {len(records[: args.number]):,} records")
+    records = records[: args.number]
+    write_records(args.out / "prefs.jsonl", records, {})
+    print(f"{args.out / 'prefs.jsonl'}: {len(records):,} records")
 
 
 def main(argv=None):

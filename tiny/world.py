@@ -188,11 +188,11 @@ def draw(scene):
     return image
 
 
-def png(scene, picture=None):
-    """The bytes of a PNG file: of the scene, or of another picture. A palette loses nothing of a
-    scene, there are ≤ 18 colours."""
+def png(scene):
+    """The bytes of a PNG file: of the scene's own "picture", or as it is drawn. A palette loses
+    nothing of a drawing, there are ≤ 18 colours."""
     buffer = io.BytesIO()
-    image = picture or draw(scene).quantize(64)
+    image = scene.get("picture") or draw(scene).quantize(64)
     image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
