@@ -24,6 +24,7 @@ from tiny.model import DESCRIBE, reply
 from tiny.sets import SIZES, draw_splits, write
 from tiny.world import (
     CELL,
+    CELLS,
     KINDS,
     NOUNS,
     ask,
@@ -44,7 +45,6 @@ from tiny.world import (
 )
 
 LESS = ("crop", "noise", "black")  # kinds of contrast image that show less than the image
-BUILT = Path(__file__).with_name("built")
 
 
 @dataclass
@@ -161,16 +161,18 @@ class Writer:
 def less_of(scene, kind, rng):
     """What is left of the scene, with its "picture", which `draw` would not give."""
     picture = draw(scene)
-    nothing = place(scene["look"], {})
+    kept = {}
     if kind == "black":
-        return {**nothing, "picture": Image.new("RGB", picture.size)}
-    if kind == "noise":
-        return {**nothing, "picture": noise(picture, rng, 500)}
-    cell = rng.randrange(9)  # mDPO keeps less than a fifth of the image
-    left, top = cell % 3 * CELL, cell // 3 * CELL
-    part = picture.crop((left, top, left + CELL, top + CELL))
-    kept = {4: scene["cells"][cell]} if cell in scene["cells"] else {}
-    return {**place(scene["look"], kept), "picture": part.resize(picture.size)}
+        less = Image.new("RGB", picture.size)
+    elif kind == "noise":
+        less = noise(picture, rng)
+    else:
+        cell = rng.choice(CELLS)  # mDPO keeps less than a fifth of the image
+        left, top = cell % 3 * CELL, cell // 3 * CELL
+        less = picture.crop((left, top, left + CELL, top + CELL)).resize(picture.size)
+        if cell in scene["cells"]:
+            kept = {4: scene["cells"][cell]}
+    return {**place(scene["look"], kept), "picture": less}
 
 
 def write_records(path, records, files):
@@ -214,14 +216,14 @@ def make(args):
 
     check_numbers(args, any_sign=(), above_0=("number",))
     unknown = set(args.kinds) - {"edit", "neighbour", *LESS}
-    if unknown or args.error > 1:
+    if unknown or not args.kinds or args.error > 1:
         raise UserError(
             f"--kinds {' '.join(args.kinds)} --error {args.error}: kinds are edit, neighbour, "
             "crop, noise and black, and an error is 0 to 1"
         )
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model, processor = load_model(BUILT / "model")
+    model, processor = load_model(Path(__file__).with_name("built") / "model")
     prompts = prompts_for(model.config, processor)
     rng, seen, splits = draw_splits(SIZES["full"], seed=1)
     writer = Writer(model, prompts, splits["prefs"], rng, seen, args.error, tuple(args.kinds))
