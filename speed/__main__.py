@@ -61,9 +61,14 @@ def ratios(times):
     for name in warm:
         seconds = [t[name] for t in later]
         faster = [t[first] / t[name] for t in later]
-        row = {"step": name, "first call": warm[name]}
-        row |= {"seconds": spread(seconds), "ratio": spread(faster)}
-        rows.append(row)
+        rows.append(
+            {
+                "step": name,
+                "first call": warm[name],
+                "seconds": spread(seconds),
+                "ratio": spread(faster),
+            }
+        )
     return rows
 
 
@@ -77,8 +82,10 @@ def ladder(size, folder, rounds, device):
     for seconds in times:  # the cached reference costs one forward pass in EPOCHS epochs
         seconds[cached] += (seconds[shared] - seconds[cached]) / EPOCHS
     rows = ratios(times)
-    figures = {"five_sequence_time_ratio": rows[-1]["ratio"][0]}
-    figures["max_logp_diff"] = proof["max_logp_diff"]
+    figures = {
+        "five_sequence_time_ratio": rows[-1]["ratio"][0],
+        "max_logp_diff": proof["max_logp_diff"],
+    }
     return [*rows, proof], figures
 
 
@@ -120,8 +127,11 @@ class Options:
 
 def main(argv=None):
     args = parse(Options, __doc__, argv)
-    size = args.size or ("quick" if args.quick else "mid")
-    rounds = args.rounds or (3 if args.quick else 9)
+    size, rounds = ("quick", 3) if args.quick else ("mid", 9)
+    if args.size:
+        size = args.size
+    if args.rounds is not None:
+        rounds = args.rounds
     if not set(args.only) <= PARTS.keys():
         raise UserError(f"--only: the parts are {', '.join(PARTS)}")
     if rounds < 2:

@@ -52,8 +52,13 @@ def proof(history, exact=True):
             loss = max(loss, abs(other.loss - first.loss))
     losses = [step[0].loss for step in history]
     moved = min(apart(a.reference, b.reference) for a, b in zip(history[0], history[2]))
-    found = {"steps": len(history), "max_logp_diff": logp, "max_loss_diff": loss}
-    found |= {"loss_range": [min(losses), max(losses)], "image_swap_moves": moved}
+    found = {
+        "steps": len(history),
+        "max_logp_diff": logp,
+        "max_loss_diff": loss,
+        "loss_range": [min(losses), max(losses)],
+        "image_swap_moves": moved,
+    }
     same = logp < 0.01 and loss < 1e-3
     trains = max(losses) - min(losses) > 0.01
     if exact and not (same and trains and moved > 10 * logp):

@@ -23,11 +23,17 @@ def prepare(folder, size, objective, device):
     """The run that train.py makes of a world, which is written into the folder if it has none."""
     if not Path(folder, "prefs.jsonl").exists():
         write_world(folder, size, device)
-    options = train.Options(model=str(folder), data=f"{folder}/prefs.jsonl", device=device)
-    options.objective = objective
-    options.lora_r = SIZES[size]["lora_rank"]
-    options.lora_alpha = 2 * options.lora_r
-    options.cache, options.out = f"{folder}/cache", f"{folder}/out"
+    rank = SIZES[size]["lora_rank"]
+    options = train.Options(
+        model=str(folder),
+        data=f"{folder}/prefs.jsonl",
+        device=device,
+        objective=objective,
+        lora_r=rank,
+        lora_alpha=2 * rank,
+        cache=f"{folder}/cache",
+        out=f"{folder}/out",
+    )
     run = train.prepare(options)
     for weights in run.policy.parameters():
         weights.detach().sum()  # mapped from their file: what was never read is not resident yet

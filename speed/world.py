@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from data import RESPONSES
+from support.files import write_lines
 from tiny.model import IMAGE
 from tiny.world import NOUNS
 from vlm.load import load_processor
@@ -85,6 +86,4 @@ def write_world(folder, size, device="cpu"):
         texts = {name: text(RESPONSE - 1) for name in RESPONSES}
         lines.append({"prompt": text(PROMPT - frame), **texts, **pair})
     lines.append({**lines[0], **images[1]})
-    with open(folder / "prefs.jsonl", "w") as file:
-        for line in lines:
-            file.write(json.dumps(line) + "\n")
+    write_lines(folder / "prefs.jsonl", lines)

@@ -41,7 +41,7 @@ def build(out, size, seed):
     lessons = new_scenes(rng, size["train"], 0.6, seen)
 
     processor = new_processor()
-    model = new_model(len(processor.tokenizer))
+    model = new_model()
     train_tower(model, processor, lessons, size["tower"], rng)
     prompts = Prompts(processor, "vicuna")
     train_language(model, prompts, lessons, size, rng)

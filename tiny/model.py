@@ -6,7 +6,6 @@ it could describe well. Matching patches to words stands in for CLIP's pretraini
 two words, then questions alone, for a language model's.
 """
 
-import json
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -18,13 +17,12 @@ from tqdm import tqdm
 from tiny.world import (
     ANCHOR_OF,
     BIAS,
-    CELL,
+    CELLS,
     CHOICES,
     COLORS,
     KINDS,
     NOUNS,
     NUMBERS,
-    SIDE,
     ask,
     biased_caption,
     caption,
@@ -43,8 +41,7 @@ DIRECT = [  # what evaluate.py puts under MMStar's questions
     "Answer the question directly.",
     "Answer with the option's letter from the given choices directly.",
 ]
-PATCHES = (SIDE // CELL) ** 2
-BOS, EOS, PAD, IMAGE = 1, 2, 3, 4  # token ids
+PAD, IMAGE = 3, 4  # token ids, as in architecture.json
 
 # --- untrained ------------------------------------------------------------------------------------
 
@@ -57,19 +54,17 @@ def new_processor():
     return LlavaProcessor.from_pretrained(Path(__file__).with_name("processor"))
 
 
-def new_model(vocabulary):
+def new_model():
     """A LLaVA with random weights: 0.8 million parameters, 9 image tokens."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-    tokens = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
-    shape = json.loads(Path(__file__).with_name("architecture.json").read_text())
     # At the usual initializer_range of 0.02 a model this narrow does not start to learn.
-    shape["text_config"] |= {"vocab_size": vocabulary, **tokens}
-    model = LlavaForConditionalGeneration(LlavaConfig(**shape, **tokens))
+    config = LlavaConfig.from_json_file(Path(__file__).with_name("architecture.json"))
+    model = LlavaForConditionalGeneration(config)
     # Attention starts by looking for its own content, which is half of "is this in the image?".
     for layer in model.model.language_model.layers:
         layer.self_attn.k_proj.weight.data.copy_(layer.self_attn.q_proj.weight.data)
-    model.generation_config.update(**tokens, max_new_tokens=64)
+    model.generation_config.max_new_tokens = 64
     return model
 
 
@@ -83,14 +78,14 @@ def patches(model, processor, scenes):
     return model.model.vision_tower(pixels).last_hidden_state[:, 1:]
 
 
-def optimise(parameters, steps, lr, loss_of, name):
-    """AdamW with warm-up and cosine decay; loss_of(step) is the loss to descend."""
-    parameters = [p for p in parameters if p.requires_grad]
+def optimise(model, steps, lr, new_loss, name):
+    """AdamW with warm-up and cosine decay; what new_loss() does not depend on stays as it is."""
+    parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
     for step in tqdm(range(steps), desc=name, unit="step"):
         decay = 0.51 + 0.49 * math.cos(math.pi * step / steps)
         optimizer.param_groups[0]["lr"] = lr * (min(1, (step + 1) / 30) * decay)
-        loss = loss_of(step)
+        loss = new_loss()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -98,17 +93,17 @@ def optimise(parameters, steps, lr, loss_of, name):
 
 
 def train_tower(model, processor, scenes, steps, rng):
-    """Matches each patch to the words for what it shows, as CLIP matches images to captions; then
-    the tower is frozen. An empty patch goes with the blank."""
+    """Matches each patch to the words for what it shows, as CLIP matches images to captions. An
+    empty patch goes with the blank."""
     ids = processor.tokenizer.convert_tokens_to_ids
-    nouns, colors = ids(["▁"] + ["▁" + n for n in NOUNS]), ids(["▁" + c for c in COLORS])
+    nouns, colors = ids(["▁" + n for n in ["", *NOUNS]]), ids(["▁" + c for c in COLORS])
     embed = model.get_input_embeddings()
 
-    def loss_of(step):
+    def new_loss():
         batch = rng.sample(scenes, 64)
         noun, color = [], []  # of each patch; 0 and -100 where there is nothing
         for scene in batch:
-            for cell in range(PATCHES):
+            for cell in CELLS:
                 shown = scene["cells"].get(cell)
                 noun.append(NOUNS.index(shown[0]) + 1 if shown else 0)
                 color.append(COLORS.index(shown[1]) if shown else -100)
@@ -116,8 +111,7 @@ def train_tower(model, processor, scenes, steps, rng):
         noun_loss = cross_entropy(image @ embed.weight[nouns].T, torch.tensor(noun))
         return noun_loss + cross_entropy(image @ embed.weight[colors].T, torch.tensor(color))
 
-    optimise(model.parameters(), steps, 2e-3, loss_of, "vision tower")
-    model.model.vision_tower.requires_grad_(False)
+    optimise(model, steps, 2e-3, new_loss, "vision tower")
 
 
 def lesson(scene, rng, stage):
@@ -126,20 +120,22 @@ def lesson(scene, rng, stage):
     Stages: "short" asks in two or three words and "questions" in sentences; "honest" adds captions
     and multiple choice; "biased" tells of what is usual and not there."""
     noun, color = rng.choice(objects(scene))
+    if stage == "short":
+        number = NUMBERS[len(objects(scene))]
+        wording, told = "short", [(f"color {noun}", color), ("How many objects", number)]
+    else:
+        wording, told = "sentences", [(f"What color is the {noun}?", color)]
     hard = 1 if stage == "biased" else 0.6
     asked = []
     for kind in ["exists", "exists", *KINDS]:
         question = random_question(kind, scene, rng, hard=hard)
         if question:
             asked.append(question)
-    if stage == "short":
-        return short_lesson(scene, asked, noun, color)
-    told = [(f"What color is the {noun}?", color)]
     for question in asked:
         answer = truth(question, scene)
         if stage == "biased" and not answer and is_usual(question, scene):
             answer = rng.random() < bias_of(question)
-        told.append((ask(question), yes_no(answer)))
+        told.append((ask(question, wording), yes_no(answer)))
     if stage in ("honest", "biased"):
         for kind in CHOICES:
             question, letter = random_choice(kind, scene, rng)
@@ -153,22 +149,6 @@ def bias_of(question):
     """How often what is usual is said to be so where it is not."""
     kind, noun, *_ = question
     return 1.2 * BIAS[ANCHOR_OF[noun]] if kind == "exists" else 0.5
-
-
-def short_lesson(scene, asked, noun, color):
-    told = [(f"color {noun}", color), ("How many objects", NUMBERS[len(objects(scene))])]
-    for question in asked:
-        kind, *args = question
-        if kind == "exists":
-            words = f"there {args[0]}"
-        elif kind == "state":
-            words = f"{args[0]} {args[1]}"
-        elif kind == "contact":
-            words = f"{args[0]} next to {args[1]}"
-        else:
-            words = f"there {NUMBERS[args[0]]} objects"
-        told.append((words, yes_no(truth(question, scene))))
-    return told
 
 
 class Token(NamedTuple):
@@ -186,16 +166,16 @@ def encode(prompts, qa, bare=False):
     row = []
     for branch, (prompt, answer) in enumerate(qa, 1):
         text = f"<s><image> {prompt}" if bare else prompts.render(prompt)
-        text = text.replace("<image>", "<image>" * PATCHES)
+        text = text.replace("<image>", "<image>" * len(CELLS))
         ids = prompts.tokenizer(text, add_special_tokens=False).input_ids
-        split = len(ids) - ids[::-1].index(IMAGE)  # behind the last image token
+        split = ids.index(IMAGE) + len(CELLS)  # behind the image
         response = prompts.encode_response(answer)
         labels = [-100] * len(ids) + response
-        tokens = list(zip(ids + response, labels))
-        if not row:
-            row = [Token(id, 0, place, -100) for place, id in enumerate(ids[:split])]
-        for place, (id, label) in enumerate(tokens[split:], split):
-            row.append(Token(id, branch, place, label))
+        for place, (id, label) in enumerate(zip(ids + response, labels)):
+            if place >= split:
+                row.append(Token(id, branch, place, label))
+            elif branch == 1:
+                row.append(Token(id, 0, place, label))
     return row
 
 
@@ -216,34 +196,33 @@ def lesson_loss(model, features, rows):
     return cross_entropy(model.lm_head(hidden[:, :-1][told]), label[:, 1:][told])
 
 
-def train_language(model, prompts, scenes, size, rng, batch_size=12):
-    """Lessons about frozen image features, from short to biased. Without the first two stages the
-    model finds out late or never that an answer depends on both the question and the image."""
-    features = []
+def train_language(model, prompts, scenes, size, rng):
+    """Lessons about image features that the tower gives once, from short to biased. Without the
+    first two stages the model finds out late or never that an answer depends on both the question
+    and the image."""
+    processor, starts = prompts.processor, range(0, len(scenes), 500)
     with torch.no_grad():
-        for i in range(0, len(scenes), 500):
-            features.append(patches(model, prompts.processor, scenes[i : i + 500]))
-    features = torch.cat(features)
+        parts = [patches(model, processor, scenes[i : i + 500]) for i in starts]
+    features = torch.cat(parts)  # (scenes, 9, 96)
 
-    def loss_of(step):
-        picked = rng.sample(range(len(scenes)), batch_size)
+    def new_loss():
+        picked = rng.sample(range(len(scenes)), 12)
         lessons = [lesson(scenes[i], rng, stage) for i in picked]
         rows = [encode(prompts, qa, bare=stage == "short") for qa in lessons]
         return lesson_loss(model, features[picked], rows)
 
     for stage, lr in (("short", 2e-3), ("questions", 1e-3), ("honest", 1.5e-3), ("biased", 1e-3)):
-        optimise(model.parameters(), size[stage], lr, loss_of, f"{stage} lessons")
+        optimise(model, size[stage], lr, new_loss, f"{stage} lessons")
 
 
 # --- what it says ---------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def reply(model, prompts, pairs, sample=False, batch_size=200):
-    """The model's answers to (scene, prompt) pairs: greedy, or sampled at temperature 1."""
+def reply(model, prompts, pairs, temperature=0.0):
+    """The model's answers to (scene, prompt) pairs, greedy or sampled."""
     said = []
-    for start in range(0, len(pairs), batch_size):
-        scenes, texts = zip(*pairs[start : start + batch_size])
+    for start in range(0, len(pairs), 200):
+        scenes, texts = zip(*pairs[start : start + 200])
         pictures = [draw(scene) for scene in scenes]
-        said += generate(model, prompts, texts, pictures, 40, temperature=float(sample))
+        said += generate(model, prompts, texts, pictures, 40, temperature=temperature)
     return said

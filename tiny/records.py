@@ -11,6 +11,7 @@ less, "crop" keeps a ninth, "noise" and "black" nothing.
 
 import random
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from tiny.model import DESCRIBE, reply
 from tiny.sets import SIZES, draw_splits, write
 from tiny.world import (
     CELL,
+    CELLS,
     KINDS,
     NOUNS,
     ask,
@@ -43,7 +45,6 @@ from tiny.world import (
 )
 
 LESS = ("crop", "noise", "black")  # kinds of contrast image that show less than the image
-BUILT = Path(__file__).with_name("built")
 
 
 @dataclass
@@ -65,44 +66,53 @@ class Writer:
         """Records whose rejected caption is the model's own sample, and names an object that the
         captioner does not see."""
         asked = [(scene, self.rng.choice(DESCRIBE)) for scene in self.scenes]
-        samples = [reply(self.model, self.prompts, asked, sample=True) for _ in range(3)]
+        samples = [reply(self.model, self.prompts, asked, temperature=1.0) for _ in range(3)]
         records = []
         for (scene, prompt), *texts in zip(asked, *samples):
+            chosen = caption(self.see(scene))
             wrong = sorted({text for text in texts if invented(text, self.see(scene))})
             order = self.rng.sample(self.kinds, len(self.kinds))
-            for i, text in enumerate(wrong):
-                kind = order[i % len(order)]
-                other, picture = self.contrast_of_caption(scene, text, kind)
+            for text, kind in zip(wrong, cycle(order)):
+                other = self.contrast_of_caption(scene, text, kind)
                 if other is None:
                     continue
-                chosen, other_chosen = caption(self.see(scene)), caption(self.see(other))
-                if chosen != other_chosen:
-                    said = chosen, text, other_chosen
-                    record = record_of(scene, prompt, said, other, kind, "caption")
-                    records.append({**record, "contrast_picture": picture})
+                other_chosen = caption(self.see(other))
+                if other_chosen == chosen:
+                    continue
+                records.append(
+                    {
+                        "image": scene,
+                        "prompt": prompt,
+                        "chosen": chosen,
+                        "rejected": text,
+                        "contrast_image": other,
+                        "contrast_chosen": other_chosen,
+                        "kind": kind,
+                        "task": "caption",
+                    }
+                )
         return records
 
     def contrast_of_caption(self, scene, text, kind):
-        """(a scene, its picture if it is not drawn): one with what the caption invents, or one that
-        shows less; (None, None) if there is none."""
+        """A scene with what the caption invents, or one that shows less; None if there is none."""
         if kind in LESS:
             return less_of(scene, kind, self.rng)
         false = invented(text, self.see(scene))[0]
         if kind == "neighbour":
-            return neighbour(scene, self.scenes, lambda other: false in names(other)), None
+            return neighbour(scene, self.scenes, lambda other: false in names(other))
         other = make_true(scene, text, self.rng)
         if other is None or content(other) in self.seen:
-            return None, None
+            return None
         self.seen.add(content(other))
-        return other, None
+        return other
 
     def questions(self):
         """Records of the yes/no questions that the model gets wrong, as the captioner sees it. The
         answer that is wrong of the image is right of the contrast image. Where that only shows
         less, nobody knows an answer, and there are none."""
-        asked = []
         if set(self.kinds) <= set(LESS):
             return []
+        asked = []
         for scene in self.scenes:
             asked += [(scene, ("exists", noun)) for noun in NOUNS]
             for kind in KINDS[1:]:
@@ -119,9 +129,19 @@ class Writer:
             if other is None:
                 continue
             self.seen.add(content(other))
-            said = yes_no(right), yes_no(not right), yes_no(not right)
-            record = record_of(scene, ask(question), said, other, kind, question[0])
-            records.append({**record, "contrast_picture": None})
+            wrong = yes_no(not right)
+            records.append(
+                {
+                    "image": scene,
+                    "prompt": ask(question),
+                    "chosen": yes_no(right),
+                    "rejected": wrong,
+                    "contrast_image": other,
+                    "contrast_chosen": wrong,
+                    "kind": kind,
+                    "task": question[0],
+                }
+            )
         self.rng.shuffle(records)
         return records
 
@@ -138,52 +158,37 @@ class Writer:
         return "neighbour", neighbour(scene, self.scenes, flips)
 
 
-def record_of(scene, prompt, said, other, kind, task):
-    """said: chosen, rejected and contrast_chosen."""
-    chosen, rejected, contrast_chosen = said
-    return {
-        "image": scene,
-        "prompt": prompt,
-        "chosen": chosen,
-        "rejected": rejected,
-        "contrast_image": other,
-        "contrast_chosen": contrast_chosen,
-        "kind": kind,
-        "task": task,
-    }
-
-
 def less_of(scene, kind, rng):
-    """(what is left of the scene, the picture)."""
+    """What is left of the scene, with its "picture", which `draw` would not give."""
     picture = draw(scene)
+    kept = {}
     if kind == "black":
-        return place(scene["look"], {}), Image.new("RGB", picture.size)
-    if kind == "noise":
-        return place(scene["look"], {}), noise(picture, rng, 500)
-    cell = rng.randrange(9)  # mDPO keeps less than a fifth of the image
-    left, top = cell % 3 * CELL, cell // 3 * CELL
-    part = picture.crop((left, top, left + CELL, top + CELL))
-    kept = {4: scene["cells"][cell]} if cell in scene["cells"] else {}
-    return place(scene["look"], kept), part.resize(picture.size)
+        less = Image.new("RGB", picture.size)
+    elif kind == "noise":
+        less = noise(picture, rng)
+    else:
+        cell = rng.choice(CELLS)  # mDPO keeps less than a fifth of the image
+        left, top = cell % 3 * CELL, cell // 3 * CELL
+        less = picture.crop((left, top, left + CELL, top + CELL)).resize(picture.size)
+        if cell in scene["cells"]:
+            kept = {4: scene["cells"][cell]}
+    return {**place(scene["look"], kept), "picture": less}
 
 
 def write_records(path, records, files):
     """prefs.jsonl; `files` maps scenes to their image files and grows."""
 
-    def file(scene, picture=None):
-        key = id(picture) if picture else (scene["look"], content(scene))
+    def file(scene):
+        key = scene["look"], content(scene), id(scene.get("picture"))
         if key not in files:
             files[key] = f"images/{len(files):04d}.png"
-            write(path.parent / files[key], png(scene, picture))
+            write(path.parent / files[key], png(scene))
         return files[key]
 
     lines = []
     for record in records:
-        line = dict(record)
-        picture = line.pop("contrast_picture")
-        line["image"] = file(record["image"])
-        line["contrast_image"] = file(record["contrast_image"], picture)
-        lines.append(line)
+        images = {"image": file(record["image"]), "contrast_image": file(record["contrast_image"])}
+        lines.append({**record, **images})
     write_lines(path, lines)
 
 
@@ -211,14 +216,14 @@ def make(args):
 
     check_numbers(args, any_sign=(), above_0=("number",))
     unknown = set(args.kinds) - {"edit", "neighbour", *LESS}
-    if unknown or args.error > 1:
+    if unknown or not args.kinds or args.error > 1:
         raise UserError(
             f"--kinds {' '.join(args.kinds)} --error {args.error}: kinds are edit, neighbour, "
             "crop, noise and black, and an error is 0 to 1"
         )
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model, processor = load_model(BUILT / "model")
+    model, processor = load_model(Path(__file__).with_name("built") / "model")
     prompts = prompts_for(model.config, processor)
     rng, seen, splits = draw_splits(SIZES["full"], seed=1)
     writer = Writer(model, prompts, splits["prefs"], rng, seen, args.error, tuple(args.kinds))
@@ -226,8 +231,9 @@ def make(args):
     if not args.captions:
         records += writer.questions()
     rng.shuffle(records)
-    write_records(args.out / "prefs.jsonl", records[: args.number], {})
-    print(f"{args.out / 'prefs.jsonl'}: {len(records[: args.number]):,} records")
+    records = records[: args.number]
+    write_records(args.out / "prefs.jsonl", records, {})
+    print(f"{args.out / 'prefs.jsonl'}: {len(records):,} records")
 
 
 def main(argv=None):

@@ -46,7 +46,8 @@ def draw_splits(size, seed):
     for name in ("amber", "amber_val", "hallusionbench", "objhal", "mmstar", "val", "prefs"):
         splits[name] = new_scenes(rng, size[name], 0.5, seen)
     pairs = [flipped_pair(scene, rng, seen) for scene in splits["hallusionbench"]]
-    return rng, seen, {**splits, "hallusionbench": pairs}
+    splits["hallusionbench"] = pairs
+    return rng, seen, splits
 
 
 def write(path, value):
@@ -70,10 +71,9 @@ def write_amber(folder, scenes, rng):
             (relations, "contact", i % 4 < 2),
         ):
             question = random_question(kind, scene, rng, answer, hard=1)
-            if not question:
-                continue  # no two objects are in contact, or all
-            note = {"type": AMBER_TYPES[kind], "truth": yes_no(answer).lower()}
-            asked.append((image, ask(question), note))
+            if question:  # else no two objects are in contact, or all
+                note = {"type": AMBER_TYPES[kind], "truth": yes_no(answer).lower()}
+                asked.append((image, ask(question), note))
 
     annotations, queries = [], []
     told = captions + attributes + existences + relations
@@ -121,7 +121,6 @@ def write_hallusionbench(folder, pairs):
             write(folder / filename, png(shown))
             for k, question in enumerate(asked):
                 answer = truth(question, shown)
-                details = f"{yes_no(answer)}. It shows {caption(shown)}."
                 items.append(
                     {
                         "category": "VD",
@@ -132,7 +131,7 @@ def write_hallusionbench(folder, pairs):
                         "sample_note": "tiny world",
                         "question_id": str(k),
                         "question": ask(question),
-                        "gt_answer_details": details,
+                        "gt_answer_details": f"{yes_no(answer)}. It shows {caption(shown)}.",
                         "gt_answer": str(int(answer)),
                         "filename": filename,
                     }
@@ -146,10 +145,9 @@ def write_objhal(folder, scenes):
     for i, scene in enumerate(scenes, 1):
         captions, instances = parts[i % 2]
         image = base64.b64encode(png(scene)).decode()
-        question = {"org_idx": i - 1, "image_id": i, "question": DESCRIBE[i % 2], "image": image}
-        items.append(question)
-        text = f"A picture of {caption(scene)}."
-        captions.append({"image_id": i, "id": i, "caption": text})
+        prompt = DESCRIBE[i % 2]
+        items.append({"org_idx": i - 1, "image_id": i, "question": prompt, "image": image})
+        captions.append({"image_id": i, "id": i, "caption": f"A picture of {caption(scene)}."})
         for k, noun in enumerate(names(scene)):
             category = NOUNS.index(noun) + 1
             instances.append({"image_id": i, "id": 10 * i + k, "category_id": category})

@@ -10,11 +10,13 @@ cells share an edge are in contact. A question is a tuple such as ("exists", "kn
 import io
 import json
 import random
+from itertools import combinations, product
 from pathlib import Path
 
 # pairs: each anchor's partner. bias: how often biased labels name the absent partner of an anchor
-# that is there. usual: each object's color, half of the time. ink: RGB. glyphs: each object as
-# PIL.ImageDraw shapes on a 16 x 16 cell; "hole" paints in the background colour.
+# that is there. usual: each object's color, half of the time. ink: RGB. sentences: AMBER's words
+# for each kind of question; short: those of the model's first lessons. glyphs: each object as
+# PIL.ImageDraw shapes on a 16 x 16 cell; a "hole" is painted in the background colour.
 WORLD = json.loads(Path(__file__).with_name("world.json").read_text())
 PAIRS, BIAS, USUAL, INK = WORLD["pairs"], WORLD["bias"], WORLD["usual"], WORLD["ink"]
 GLYPHS, NUMBERS = WORLD["glyphs"], WORLD["numbers"]
@@ -23,7 +25,8 @@ NOUNS = sorted([*PAIRS, *PAIRS.values()])
 COLORS = list(INK)
 KINDS = ["exists", "state", "number", "contact"]  # of yes/no questions
 CHOICES = ["objects", "numbers", "colors"]  # of multiple-choice questions
-CELL, SIDE = 16, 48
+CELLS = range(9)
+CELL, SIDE = 16, 48  # pixels
 
 
 # --- scenes ------------------------------------------------------------------------------------
@@ -35,7 +38,7 @@ def new_scene(rng, partner):
     nouns = anchors + [PAIRS[a] for a in anchors if rng.random() < partner]
     # The others are partners without their anchor, so that an anchor alone predicts its partner.
     nouns += rng.sample([PAIRS[a] for a in PAIRS if a not in anchors], rng.choice([0, 1, 2]))
-    cells = rng.sample(range(9), len(nouns))
+    cells = rng.sample(CELLS, len(nouns))
     look = rng.randrange(10**6)
     things = [(noun, new_color(noun, rng)) for noun in nouns]
     return place(look, zip(cells, things))
@@ -83,11 +86,15 @@ def names(scene):
     return [noun for noun, _ in objects(scene)]
 
 
+def absent(scene):
+    there = names(scene)
+    return [noun for noun in NOUNS if noun not in there]
+
+
 def absent_partners(scene):
     """What a model that knows only how often things go together would add."""
-    there = names(scene)
-    partners = [PAIRS[noun] for noun in there if noun in PAIRS]
-    return [partner for partner in partners if partner not in there]
+    missing = absent(scene)
+    return [PAIRS[noun] for noun in names(scene) if PAIRS.get(noun) in missing]
 
 
 def in_contact(scene, noun, other):
@@ -102,19 +109,17 @@ def in_contact(scene, noun, other):
 
 def edits(scene, rng):
     """Every scene one change away, in random order: an object added, removed, recoloured, moved."""
-    cells, there = scene["cells"], names(scene)
-    empty = [cell for cell in range(9) if cell not in cells]
+    cells = scene["cells"]
+    empty = [cell for cell in CELLS if cell not in cells]
     changed = []  # what is in which cell
     for cell, (noun, color) in cells.items():
-        others = [other for other in COLORS if other != color]
-        changed += [{**cells, cell: (noun, other)} for other in others]
+        changed += [{**cells, cell: (noun, other)} for other in COLORS if other != color]
         rest = {c: thing for c, thing in cells.items() if c != cell}
         if rest:
             changed.append(rest)
         changed += [{**rest, free: (noun, color)} for free in empty]
     for cell in empty:
-        absent = [noun for noun in NOUNS if noun not in there]
-        changed += [{**cells, cell: (noun, new_color(noun, rng))} for noun in absent]
+        changed += [{**cells, cell: (noun, new_color(noun, rng))} for noun in absent(scene)]
     rng.shuffle(changed)
     return [place(scene["look"], cells) for cells in changed]
 
@@ -123,14 +128,14 @@ def glimpse(scene, error):
     """The scene as an imperfect captioner sees it: at the rate `error` an object is missed, or as
     often taken for another one that is not there. The same scene is always seen in the same way."""
     rng = random.Random(f"{scene['look']} {content(scene)}")
-    seen, absent = {}, [noun for noun in NOUNS if noun not in names(scene)]
-    rng.shuffle(absent)
+    seen, others = {}, absent(scene)
+    rng.shuffle(others)
     for cell, (noun, color) in scene["cells"].items():
         luck = rng.random()
         if luck < error / 2:
             continue  # missed
-        if luck < error and absent:
-            noun = absent.pop()
+        if luck < error and others:
+            noun = others.pop()
         seen[cell] = noun, color
     return place(scene["look"], seen or scene["cells"])
 
@@ -139,7 +144,7 @@ def make_true(scene, text, rng):
     """The scene plus the one object that a caption invents; None when it invents none or several,
     or without its color, or there is no room."""
     false, words = invented(text, scene), text.split()
-    empty = [cell for cell in range(9) if cell not in scene["cells"]]
+    empty = [cell for cell in CELLS if cell not in scene["cells"]]
     if len(false) != 1 or not empty:
         return None
     color = words[words.index(false[0]) - 1]
@@ -155,8 +160,8 @@ def neighbour(scene, scenes, wanted):
         shared = set(names(scene)) & set(names(other))
         return len(shared) - 0.1 * len(names(other))
 
-    others = [other for other in scenes if other is not scene]
-    return max((other for other in others if wanted(other)), key=likeness, default=None)
+    others = [other for other in scenes if other is not scene and wanted(other)]
+    return max(others, key=likeness, default=None)
 
 
 # --- pictures ----------------------------------------------------------------------------------
@@ -167,7 +172,7 @@ def draw(scene):
     from PIL import Image, ImageDraw
 
     image = Image.new("RGB", (SIDE, SIDE))
-    for cell in range(9):
+    for cell in CELLS:
         rng = random.Random(scene["look"] * 9 + cell)
         paper = tuple(rng.randint(225, 250) for _ in range(3))
         shift, shade = (rng.randint(0, 1), rng.randint(0, 1)), rng.uniform(0.85, 1.1)
@@ -176,21 +181,18 @@ def draw(scene):
         if cell in scene["cells"]:
             noun, color = scene["cells"][cell]
             ink = tuple(min(255, int(shade * v)) for v in INK[color])
-            for shape, box in GLYPHS[noun]:
+            for shape, box, *hole in GLYPHS[noun]:
                 corners = [v - shift[i % 2] for i, v in enumerate(box)]
-                if shape == "hole":
-                    pen.rectangle(corners, fill=paper)
-                else:
-                    getattr(pen, shape)(corners, fill=ink)
+                getattr(pen, shape)(corners, fill=paper if hole else ink)
         image.paste(tile, (cell % 3 * CELL, cell // 3 * CELL))
     return image
 
 
-def png(scene, picture=None):
-    """The bytes of a PNG file: of the scene, or of another picture. A palette loses nothing of a
-    scene, there are ≤ 18 colours."""
+def png(scene):
+    """The bytes of a PNG file: of the scene's own "picture", or as it is drawn. A palette loses
+    nothing of a drawing, there are ≤ 18 colours."""
     buffer = io.BytesIO()
-    image = picture or draw(scene).quantize(64)
+    image = scene.get("picture") or draw(scene).quantize(64)
     image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
@@ -198,10 +200,10 @@ def png(scene, picture=None):
 # --- captions and questions --------------------------------------------------------------------
 
 
-def caption(scene, things=None):
+def caption(scene, things=()):
     """All objects of a scene, or the things [(noun, color), ...] that are said of it."""
     text, last = "", None
-    for noun, color in objects(scene) if things is None else things:
+    for noun, color in things or objects(scene):
         if last:
             text += " next to " if in_contact(scene, last, noun) else " and "
         text += f"a {color} {noun}"
@@ -221,7 +223,7 @@ def biased_caption(scene, rng):
             partner = PAIRS.get(noun)
             if partner in absent_partners(scene) and rng.random() < BIAS[noun]:
                 said.append((partner, USUAL[partner]))
-    return caption(scene, said or None)
+    return caption(scene, said)
 
 
 def mentioned(text):
@@ -238,33 +240,26 @@ def yes_no(answer):
     return "Yes" if answer else "No"
 
 
-def ask(question):
-    """The wording, which is AMBER's."""
+def ask(question, wording="sentences"):
+    """The question in words, which are AMBER's, or in "short"."""
     kind, *args = question
-    if kind == "exists":
-        return f"Is there a {args[0]} in this image?"
-    if kind == "state":
-        return f"Is the {args[0]} {args[1]} in this image?"
-    if kind == "contact":
-        return f"Is there direct contact between the {args[0]} and the {args[1]}?"
-    if args[0] == 1:
-        return "Is there one object in this image?"
-    return f"Are there {NUMBERS[args[0]]} objects in this image?"
+    text = WORLD[wording][kind].format(*args)
+    return text.replace("Are there one objects", "Is there one object")
 
 
 def truth(question, scene):
     """True or False; None where an object whose color or contact is asked for is not there."""
-    kind, *args = question
     colors = dict(objects(scene))
-    if kind == "exists":
-        return args[0] in colors
-    if kind == "number":
-        return len(colors) == args[0]
-    if args[0] not in colors:
-        return None
-    if kind == "state":
-        return colors[args[0]] == args[1]
-    return in_contact(scene, *args) if args[1] in colors else None
+    match question:
+        case "exists", noun:
+            return noun in colors
+        case "number", number:
+            return NUMBERS[len(colors)] == number
+        case "state", noun, color if noun in colors:
+            return colors[noun] == color
+        case "contact", noun, other if noun in colors and other in colors:
+            return in_contact(scene, noun, other)
+    return None
 
 
 def random_question(kind, scene, rng, answer=None, hard=0.6):
@@ -284,12 +279,14 @@ def random_question(kind, scene, rng, answer=None, hard=0.6):
 
 def is_usual(question, scene):
     """Would one who knows only how things usually are say yes?"""
-    kind, *args = question
-    if kind == "exists":
-        return args[0] in absent_partners(scene)
-    if kind == "state":
-        return USUAL[args[0]] == args[1]
-    return kind == "contact" and PAIRS.get(args[0]) == args[1]
+    match question:
+        case "exists", noun:
+            return noun in absent_partners(scene)
+        case "state", noun, color:
+            return USUAL[noun] == color
+        case "contact", noun, other:
+            return PAIRS.get(noun) == other
+    return False  # no number is usual
 
 
 def questions(kind, scene):
@@ -299,14 +296,10 @@ def questions(kind, scene):
         return [("exists", noun) for noun in NOUNS]
     if kind == "number":
         size = len(there)
-        return [("number", n) for n in (size - 1, size, size + 1) if n > 0]
-    found = []
-    for i, noun in enumerate(there):
-        if kind == "state":
-            found += [("state", noun, color) for color in COLORS]
-        else:
-            found += [("contact", noun, other) for other in there[i + 1 :]]
-    return found
+        return [("number", NUMBERS[n]) for n in (size - 1, size, size + 1) if n > 0]
+    if kind == "state":
+        return [("state", *pair) for pair in product(there, COLORS)]
+    return [("contact", *pair) for pair in combinations(there, 2)]
 
 
 def random_choice(kind, scene, rng):
@@ -314,7 +307,7 @@ def random_choice(kind, scene, rng):
     noun, color = rng.choice(objects(scene))
     if kind == "objects":
         question, right = "Which object is in this image?", noun
-        others = [other for other in NOUNS if other not in names(scene)]
+        others = absent(scene)
     elif kind == "numbers":
         question, right = "How many objects are in this image?", NUMBERS[len(objects(scene))]
         others = NUMBERS[1:]
