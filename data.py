@@ -20,7 +20,6 @@ drawn once for each record, not again in every forward pass.
 
 import hashlib
 import math
-import os
 import random
 import shlex
 import statistics
@@ -255,8 +254,7 @@ def embed(files, encoder, cache, batch=64):
             features = model.get_image_features(**inputs).pooler_output
             means = torch.stack([x.reshape(-1, x.shape[-1]).mean(0) for x in features])
             found = torch.nn.functional.normalize(means).cpu()
-            torch.save(found, kept.with_suffix(".part"))
-            os.replace(kept.with_suffix(".part"), kept)
+            torch.save(found, kept)
         vectors.append(found)
         pixels += hashes
     return torch.cat(vectors), pixels
