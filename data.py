@@ -267,13 +267,13 @@ def nearest(vectors, groups, max_sim=1.0, block=256):
     neighbours, nor are rows with a cosine above max_sim. Memory: block x N cosines.
     """
     index = torch.zeros(len(vectors), dtype=int)
-    best = torch.full((len(vectors),), -torch.inf)
+    best = torch.zeros(len(vectors))
     for i in tqdm(range(0, len(vectors), block), desc="neighbours", unit=" blocks"):
         here = slice(i, i + block)
         cosine = vectors[here] @ vectors.T
         cosine[cosine > max_sim] = -torch.inf
         for group in groups:
-            cosine[group[here, None] == group[None, :]] = -torch.inf
+            cosine[group[here, None] == group] = -torch.inf
         best[here], index[here] = cosine.max(dim=1)
     return index, best
 
