@@ -178,8 +178,21 @@ class Examples(torch.utils.data.Dataset):
         return [example for example in examples if not example.error]
 
     def of_step(self, step):
-        """Record numbers of one optimiser step."""
-        return records_of_step(step, len(self), self.options)
+        """Record numbers of one optimiser step: a new seeded order each epoch, its last batch
+        short."""
+        size = self.options.batch_size
+        epoch, place = divmod(step, math.ceil(len(self) / size))
+        generator = torch.Generator().manual_seed(self.options.seed * 1000 + epoch)
+        order = torch.randperm(len(self), generator=generator)
+        return order[place * size : (place + 1) * size].tolist()
+
+    def micro_batches(self, first_step):
+        """Record numbers from a step on, for one forward pass after the other."""
+        size = self.options.micro_batch
+        for step in range(first_step, self.options.steps):
+            numbers = self.of_step(step)
+            for k in range(0, len(numbers), size):
+                yield numbers[k : k + size]
 
 
 def held_out(path, prompts, options, left_out):
@@ -188,7 +201,7 @@ def held_out(path, prompts, options, left_out):
     if not path:
         return [], []
     every = Examples(path, prompts, options)
-    examples = every.usable([every[i] for i in range(len(every))], left_out)
+    examples = every.usable(list(every), left_out)
     samples = []
     for example in examples[:2]:
         record = every.records[example.number]
@@ -197,28 +210,12 @@ def held_out(path, prompts, options, left_out):
     return examples, samples
 
 
-def records_of_step(step, n, options):
-    """Record numbers of one optimiser step: a new seeded order each epoch, its last batch short."""
-    steps_per_epoch = math.ceil(n / options.batch_size)
-    epoch, place = divmod(step, steps_per_epoch)
-    generator = torch.Generator().manual_seed(options.seed * 1000 + epoch)
-    order = torch.randperm(n, generator=generator)
-    return order[place * options.batch_size : (place + 1) * options.batch_size].tolist()
-
-
-def micro_batches(first_step, n, options):
-    """Record numbers from a step on, for one forward pass after the other."""
-    for step in range(first_step, options.steps):
-        numbers = records_of_step(step, n, options)
-        for k in range(0, len(numbers), options.micro_batch):
-            yield numbers[k : k + options.micro_batch]
-
-
-def read_ahead(examples, first_step, options):
+def read_ahead(examples, first_step):
     """An iterator over micro-batches, lists of examples."""
+    options = examples.options
     loader = torch.utils.data.DataLoader(
         examples,
-        batch_sampler=micro_batches(first_step, len(examples), options),
+        batch_sampler=examples.micro_batches(first_step),
         collate_fn=list,
         pin_memory=options.device != "cpu",  # by a thread, which takes over from the workers
         num_workers=options.workers,
