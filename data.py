@@ -131,6 +131,7 @@ class Examples(torch.utils.data.Dataset):
     """A file's records, tokenised, with their pixels. Read ahead by worker processes."""
 
     def __init__(self, path, prompts, options):
+        self.path = path
         self.records = Records(path, options.image_root, options.fields)
         self.prompts = prompts
         self.options = options
@@ -157,7 +158,7 @@ class Examples(torch.utils.data.Dataset):
         """Those without an error. The others end the run, or with --skip-bad go to `left_out`; a
         field that the objective needs, or a disk that cannot be read, ends it either way, since the
         record is not bad."""
-        check = f"`python data.py check {shlex.quote(self.options.data)}`"
+        check = f"`python data.py check {shlex.quote(str(self.path))}`"
         for example in examples:
             if isinstance(example.error, MissingField | Unreadable):
                 raise example.error
@@ -172,7 +173,7 @@ class Examples(torch.utils.data.Dataset):
         self.tried += len(examples)
         if self.tried >= 20 and self.bad > MOST_BAD * self.tried:
             raise UserError(
-                f"{self.bad} of {self.tried} records of {self.options.data} are bad, too many for "
+                f"{self.bad} of {self.tried} records of {self.path} are bad, too many for "
                 f"--skip-bad: {check} shows why; train on a file without them"
             )
         return [example for example in examples if not example.error]

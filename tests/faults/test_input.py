@@ -215,7 +215,8 @@ def test_bad_held_out_records_are_found_before_the_first_step(job, capsys):  # n
     command = [*map(str, argv), "--eval-data", str(path)]
     with pytest.raises(SystemExit):
         train.main(command)
-    assert f"{path}:1" in capsys.readouterr().err and not read_metrics(out)
+    said = capsys.readouterr().err
+    assert f"{path}:1" in said and f"data.py check {path}`" in said and not read_metrics(out)
     train.main([*command, "--skip-bad", "--out", str(out) + "2"])
     assert capsys.readouterr().out.count("left out") == 2
     assert "eval/loss" in read_metrics(out.with_name(out.name + "2"))[-1]
