@@ -39,7 +39,9 @@ from support.records import Records
 from support.reference import key_of
 from support.signals import outlive_a_signal
 from symmpo import NONE, OBJECTIVES
+from vlm.load import fingerprint, load_encoder, load_processor
 from vlm.logprobs import Row
+from vlm.prompts import prompts_for
 
 MOST_BAD = 0.1  # share of the records that --skip-bad leaves out before it asks for a look
 
@@ -233,8 +235,6 @@ def embed(files, encoder, cache, batch=64):
     """(N, d) unit image embeddings of CLIP, SigLIP, or a LLaVA (mean over its image tokens), and a
     hash of each image's pixels. A batch is kept in the folder `cache` under a hash of encoder and
     pixels, so that a killed run goes on where it stopped."""
-    from vlm.load import fingerprint, load_encoder
-
     model, preprocess = load_encoder(encoder)
     weights = fingerprint(encoder)
     vectors = []
@@ -289,11 +289,13 @@ class Pairs:
     def add(self, record):
         chosen = record["chosen"]
         rejected = record.get("rejected")
-        found = []
-        for what in record["stripped"]:
-            found.append(f"prompt, {what} taken off (the model's own is put around it)")
-        for name in record["unread"]:
-            found.append(f"field {name}, which is not read (--fields can name it)")
+        found = [
+            f"prompt, {what} taken off (the model's own is put around it)"
+            for what in record["stripped"]
+        ]
+        found += [
+            f"field {name}, which is not read (--fields can name it)" for name in record["unread"]
+        ]
         if chosen == rejected:
             found.append("equal pairs, chosen = rejected")
         if chosen == record.get("contrast_chosen"):
@@ -330,11 +332,11 @@ class Survey:
         self.prompts = prompts
         self.args = args
         self.pairs = Pairs()
-        self.faults = defaultdict(list)  # kind of message: [(source, message)]
+        self.faults = defaultdict(list)  # kind of message, or --all's source: [(source, message)]
         self.usable_by = Counter()
         self.lengths = []  # in tokens
-        self.first = None  # rows of the record to show
-        self.longest = None  # and of the longest
+        self.first = []  # rows of the record to show
+        self.longest = []  # and of the longest
         self.most_tokens = 0
 
     def add(self, i, record):
@@ -359,32 +361,26 @@ class Survey:
             self.longest = rows
         if max(lengths) > self.args.max_length:
             raise UserError(f"{max(lengths)} tokens, more than --max-length {self.args.max_length}")
-        if self.first is None and self.args.show in (None, i):
+        if not self.first and self.args.show in (None, i):
             self.first = rows
-
-    def add_fault(self, source, message):
-        """Each kind of fault is shown once; with --all, every one."""
-        kind = source if self.args.all else kind_of(message)
-        self.faults[kind].append((source, message))
 
     def bad(self):
         return sum(len(found) for found in self.faults.values())
 
-    def lines(self, total):
-        lines = []
+    def report(self, total):
         for found in self.faults.values():
             at = places([source for source, _ in found])
-            lines.append(f"bad: {len(found):,} records, {at}: {found[0][1]}")
+            print(f"bad: {len(found):,} records, {at}: {found[0][1]}")
         counts = ", ".join(f"{name} {self.usable_by[name]:,}" for name in OBJECTIVES)
-        lines.append(f"{total:,} records, {self.bad():,} bad; usable by {counts}")
-        lines += self.pairs.lines()
+        print(f"{total:,} records, {self.bad():,} bad; usable by {counts}")
+        for line in self.pairs.lines():
+            print(line)
         if self.lengths:
             low = min(self.lengths)
             middle = statistics.median_low(self.lengths)
-            lines.append(f"length, tokens: min {low}, median {middle}, max {self.most_tokens}")
+            print(f"length, tokens: min {low}, median {middle}, max {self.most_tokens}")
         if self.most_tokens > self.args.max_length:
-            lines.append(f"--max-length {self.most_tokens} would take all records")
-        return lines
+            print(f"--max-length {self.most_tokens} would take all records")
 
 
 def check(args):
@@ -393,9 +389,6 @@ def check(args):
     records = Records(args.data, args.image_root, args.fields)
     prompts = None
     if args.model:
-        from vlm.load import load_processor
-        from vlm.prompts import prompts_for
-
         config, processor = load_processor(args.model)
         prompts = prompts_for(config, processor, args.prompt_format)
     elif args.show is not None:
@@ -406,15 +399,17 @@ def check(args):
         try:
             survey.add(i, records[i])
         except UserError as error:
-            survey.add_fault(source, str(error).removeprefix(f"{source}: "))
-    print("\n".join(survey.lines(len(records))))
-    shown = survey.first or []
-    if survey.longest and survey.longest is not survey.first:
+            message = str(error).removeprefix(f"{source}: ")
+            kind = source if args.all else kind_of(message)
+            survey.faults[kind].append((source, message))
+    survey.report(len(records))
+    shown = survey.first
+    if survey.longest is not survey.first:
         shown = shown + survey.longest
     for row in shown:
         print(f"{row.source}, {row.longest()} tokens")
         print(prompts.describe(row))
-    if args.show is not None and survey.first is None:
+    if args.show is not None and not survey.first:
         print(f"--show {args.show}: there is no such record, or it is bad")
     if args.page:
         from construct.review import review
