@@ -385,7 +385,7 @@ class Survey:
 
 def check(args):
     """`python data.py check`: what a file holds; returns how many of its records are bad."""
-    check_numbers(args, any_sign=(), above_0=("max_length",))
+    check_numbers(args, above_0=("max_length",))
     records = Records(args.data, args.image_root, args.fields)
     prompts = None
     if args.model:

@@ -131,7 +131,7 @@ class Options(symmpo.Weights):
 
     def check(self):
         """Refuse values without a meaning, and settle those that were not given."""
-        check_numbers(self, any_sign=("delta", "seed"), above_0=ABOVE_0)
+        check_numbers(self, ABOVE_0, any_sign=("delta", "seed"))
         if self.warmup >= 1 or self.lora_dropout >= 1:
             raise UserError("--warmup and --lora-dropout must be below 1")
         if not self.data:
