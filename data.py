@@ -151,9 +151,6 @@ class Examples(torch.utils.data.Dataset):
             rows = build_rows(record, self.prompts, self.cells, *limits)
             return Example(i, rows, key_of(rows))
         except UserError as error:
-            root = self.records.root(i)
-            if not root.is_dir():
-                error = Unreadable(f"{error}\n{root} is gone: is its disk still there?")
             return Example(i, error=error)
 
     def usable(self, examples, left_out):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from support.cli import Unreadable, UserError
 from support.formats import FIELDS, IMAGES, LAYOUTS, normalise
-from support.images import decoded, need_inside, open_image, pixel_hash
+from support.images import open_image, path_or_bytes, pixel_hash
 
 PICTURES = tuple(".jpg .jpeg .png .webp .bmp .gif .tif .tiff".split())
 NO_RECORDS = ("dataset_info.json", "dataset_dict.json", "state.json")  # beside Arrow files
@@ -265,9 +265,6 @@ class Records:
         file, k = self.place(i)
         return file.source(k)
 
-    def root(self, i):
-        return self.place(i)[0].root
-
     def raw(self, i):
         """Record i as it stands in the file, under our names where --fields gives them."""
         file, k = self.place(i)
@@ -295,7 +292,7 @@ class Records:
             record = normalise(raw, self.needed)
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise UserError(f"{source}: {error}") from error
-        return {**record, "source": source, "root": self.root(i)}
+        return {**record, "source": source, "root": self.place(i)[0].root}
 
 
 # --- records whose images are files --------------------------------------------------------------
@@ -331,12 +328,10 @@ def need_other(out, records):
 
 def image_file(image, root, folder, allow_outside):
     """The path of an image, which is written into the folder if it has none yet."""
-    if isinstance(image, str):
-        image = decoded(image)
-    if isinstance(image, str):
-        need_inside(image, root, allow_outside)
-        return root / image
-    picture = open_image(image)
+    found = path_or_bytes(image, root, allow_outside)
+    if isinstance(found, str):
+        return Path(found)
+    picture = open_image(found)
     path = Path(folder, f"{pixel_hash(picture)[:16]}.png")
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
