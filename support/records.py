@@ -5,6 +5,7 @@ not read is named for what it is, with the way on.
 """
 
 import contextlib
+import functools
 import glob
 import hashlib
 import json
@@ -41,13 +42,13 @@ NOT_UTF8 = "the file is not UTF-8: convert it, perhaps with `iconv -f LATIN1 -t 
 # --- one file ------------------------------------------------------------------------------------
 
 
+@dataclass
 class Listed:
     """Records that are read at once, and held in a list."""
 
-    def __init__(self, path, kind, found):
-        self.path = path
-        self.kind = kind
-        self.found = found
+    path: Path
+    kind: str  # of record, for messages
+    found: list
 
     def __len__(self):
         return len(self.found)
@@ -85,7 +86,7 @@ def json_list(path):
     text = Path(path).read_text(encoding="utf-8-sig")
     try:
         return Listed(path, "record", json.loads(text))
-    except ValueError as error:
+    except json.JSONDecodeError as error:
         raise UserError(
             f"{path}:{error.lineno}: not valid JSON: {error.msg}, column {error.colno}"
         ) from error
@@ -104,20 +105,18 @@ class Parquet(Listed):
         import pyarrow.parquet
 
         super().__init__(path, "row", pyarrow.parquet.ParquetFile(path, memory_map=True))
+        self.rows_of = functools.lru_cache(maxsize=1)(self.found.read_row_group)
         about = self.found.metadata
         sizes = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
         self.starts = [0, *accumulate(sizes)]  # first row of each group, and the end
-        self.loaded, self.table = None, None  # number of a group, and its rows
 
     def __len__(self):
         return self.starts[-1]
 
     def read(self, i):
         group = bisect_right(self.starts, i) - 1
-        if self.loaded != group:
-            self.loaded = group
-            self.table = self.found.read_row_group(group)
-        return self.table.slice(i - self.starts[group], 1).to_pylist()[0]
+        [row] = self.rows_of(group).slice(i - self.starts[group], 1).to_pylist()
+        return row
 
 
 def open_file(path):
