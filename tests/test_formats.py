@@ -101,6 +101,19 @@ LAYOUTS = {
         "chosen": "No.",
         "rejected": "Yes.",
     },
+    "image behind the text, as Parquet has parts": {
+        "prompt": [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "text", "text": TEXTS["prompt"], "image": None},
+                    {"type": "image", "text": None, "image": "0.png"},
+                ],
+            }
+        ],
+        "chosen": "No.",
+        "rejected": "Yes.",
+    },
     "OpenRLHF": {**IMAGES, "prompt": json.dumps([USER]), "chosen": "No.", "rejected": "Yes."},
     "LLaMA-Factory": {
         **IMAGES,
