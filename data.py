@@ -20,7 +20,6 @@ drawn once for each record, not again in every forward pass.
 
 import hashlib
 import math
-import os
 import random
 import shlex
 import statistics
@@ -40,7 +39,9 @@ from support.records import Records
 from support.reference import key_of
 from support.signals import outlive_a_signal
 from symmpo import NONE, OBJECTIVES
+from vlm.load import fingerprint, load_encoder, load_processor
 from vlm.logprobs import Row
+from vlm.prompts import prompts_for
 
 MOST_BAD = 0.1  # share of the records that --skip-bad leaves out before it asks for a look
 
@@ -132,6 +133,7 @@ class Examples(torch.utils.data.Dataset):
     """A file's records, tokenised, with their pixels. Read ahead by worker processes."""
 
     def __init__(self, path, prompts, options):
+        self.path = path
         self.records = Records(path, options.image_root, options.fields)
         self.prompts = prompts
         self.options = options
@@ -149,16 +151,13 @@ class Examples(torch.utils.data.Dataset):
             rows = build_rows(record, self.prompts, self.cells, *limits)
             return Example(i, rows, key_of(rows))
         except UserError as error:
-            root = self.records.root(i)
-            if not root.is_dir():
-                error = Unreadable(f"{error}\n{root} is gone: is its disk still there?")
             return Example(i, error=error)
 
     def usable(self, examples, left_out):
         """Those without an error. The others end the run, or with --skip-bad go to `left_out`; a
         field that the objective needs, or a disk that cannot be read, ends it either way, since the
         record is not bad."""
-        check = f"`python data.py check {shlex.quote(self.options.data)}`"
+        check = f"`python data.py check {shlex.quote(str(self.path))}`"
         for example in examples:
             if isinstance(example.error, MissingField | Unreadable):
                 raise example.error
@@ -173,14 +172,27 @@ class Examples(torch.utils.data.Dataset):
         self.tried += len(examples)
         if self.tried >= 20 and self.bad > MOST_BAD * self.tried:
             raise UserError(
-                f"{self.bad} of {self.tried} records of {self.options.data} are bad, too many for "
+                f"{self.bad} of {self.tried} records of {self.path} are bad, too many for "
                 f"--skip-bad: {check} shows why; train on a file without them"
             )
         return [example for example in examples if not example.error]
 
     def of_step(self, step):
-        """Record numbers of one optimiser step."""
-        return records_of_step(step, len(self), self.options)
+        """Record numbers of one optimiser step: a new seeded order each epoch, its last batch
+        short."""
+        size = self.options.batch_size
+        epoch, place = divmod(step, math.ceil(len(self) / size))
+        generator = torch.Generator().manual_seed(self.options.seed * 1000 + epoch)
+        order = torch.randperm(len(self), generator=generator)
+        return order[place * size : (place + 1) * size].tolist()
+
+    def micro_batches(self, first_step):
+        """Record numbers from a step on, for one forward pass after the other."""
+        size = self.options.micro_batch
+        for step in range(first_step, self.options.steps):
+            numbers = self.of_step(step)
+            for k in range(0, len(numbers), size):
+                yield numbers[k : k + size]
 
 
 def held_out(path, prompts, options, left_out):
@@ -189,7 +201,7 @@ def held_out(path, prompts, options, left_out):
     if not path:
         return [], []
     every = Examples(path, prompts, options)
-    examples = every.usable([every[i] for i in range(len(every))], left_out)
+    examples = every.usable(list(every), left_out)
     samples = []
     for example in examples[:2]:
         record = every.records[example.number]
@@ -198,28 +210,12 @@ def held_out(path, prompts, options, left_out):
     return examples, samples
 
 
-def records_of_step(step, n, options):
-    """Record numbers of one optimiser step: a new seeded order each epoch, its last batch short."""
-    steps_per_epoch = math.ceil(n / options.batch_size)
-    epoch, place = divmod(step, steps_per_epoch)
-    generator = torch.Generator().manual_seed(options.seed * 1000 + epoch)
-    order = torch.randperm(n, generator=generator)
-    return order[place * options.batch_size : (place + 1) * options.batch_size].tolist()
-
-
-def micro_batches(first_step, n, options):
-    """Record numbers from a step on, for one forward pass after the other."""
-    for step in range(first_step, options.steps):
-        numbers = records_of_step(step, n, options)
-        for k in range(0, len(numbers), options.micro_batch):
-            yield numbers[k : k + options.micro_batch]
-
-
-def read_ahead(examples, first_step, options):
+def read_ahead(examples, first_step):
     """An iterator over micro-batches, lists of examples."""
+    options = examples.options
     loader = torch.utils.data.DataLoader(
         examples,
-        batch_sampler=micro_batches(first_step, len(examples), options),
+        batch_sampler=examples.micro_batches(first_step),
         collate_fn=list,
         pin_memory=options.device != "cpu",  # by a thread, which takes over from the workers
         num_workers=options.workers,
@@ -236,8 +232,6 @@ def embed(files, encoder, cache, batch=64):
     """(N, d) unit image embeddings of CLIP, SigLIP, or a LLaVA (mean over its image tokens), and a
     hash of each image's pixels. A batch is kept in the folder `cache` under a hash of encoder and
     pixels, so that a killed run goes on where it stopped."""
-    from vlm.load import fingerprint, load_encoder
-
     model, preprocess = load_encoder(encoder)
     weights = fingerprint(encoder)
     vectors = []
@@ -255,8 +249,7 @@ def embed(files, encoder, cache, batch=64):
             features = model.get_image_features(**inputs).pooler_output
             means = torch.stack([x.reshape(-1, x.shape[-1]).mean(0) for x in features])
             found = torch.nn.functional.normalize(means).cpu()
-            torch.save(found, kept.with_suffix(".part"))
-            os.replace(kept.with_suffix(".part"), kept)
+            torch.save(found, kept)
         vectors.append(found)
         pixels += hashes
     return torch.cat(vectors), pixels
@@ -269,13 +262,13 @@ def nearest(vectors, groups, max_sim=1.0, block=256):
     neighbours, nor are rows with a cosine above max_sim. Memory: block x N cosines.
     """
     index = torch.zeros(len(vectors), dtype=int)
-    best = torch.full((len(vectors),), -torch.inf)
+    best = torch.zeros(len(vectors))
     for i in tqdm(range(0, len(vectors), block), desc="neighbours", unit=" blocks"):
         here = slice(i, i + block)
         cosine = vectors[here] @ vectors.T
         cosine[cosine > max_sim] = -torch.inf
         for group in groups:
-            cosine[group[here, None] == group[None, :]] = -torch.inf
+            cosine[group[here, None] == group] = -torch.inf
         best[here], index[here] = cosine.max(dim=1)
     return index, best
 
@@ -293,11 +286,13 @@ class Pairs:
     def add(self, record):
         chosen = record["chosen"]
         rejected = record.get("rejected")
-        found = []
-        for what in record["stripped"]:
-            found.append(f"prompt, {what} taken off (the model's own is put around it)")
-        for name in record["unread"]:
-            found.append(f"field {name}, which is not read (--fields can name it)")
+        found = [
+            f"prompt, {what} taken off (the model's own is put around it)"
+            for what in record["stripped"]
+        ]
+        found += [
+            f"field {name}, which is not read (--fields can name it)" for name in record["unread"]
+        ]
         if chosen == rejected:
             found.append("equal pairs, chosen = rejected")
         if chosen == record.get("contrast_chosen"):
@@ -334,11 +329,11 @@ class Survey:
         self.prompts = prompts
         self.args = args
         self.pairs = Pairs()
-        self.faults = defaultdict(list)  # kind of message: [(source, message)]
+        self.faults = defaultdict(list)  # kind of message, or --all's source: [(source, message)]
         self.usable_by = Counter()
         self.lengths = []  # in tokens
-        self.first = None  # rows of the record to show
-        self.longest = None  # and of the longest
+        self.first = []  # rows of the record to show
+        self.longest = []  # and of the longest
         self.most_tokens = 0
 
     def add(self, i, record):
@@ -363,43 +358,34 @@ class Survey:
             self.longest = rows
         if max(lengths) > self.args.max_length:
             raise UserError(f"{max(lengths)} tokens, more than --max-length {self.args.max_length}")
-        if self.first is None and self.args.show in (None, i):
+        if not self.first and self.args.show in (None, i):
             self.first = rows
-
-    def add_fault(self, source, message):
-        """Each kind of fault is shown once; with --all, every one."""
-        kind = source if self.args.all else kind_of(message)
-        self.faults[kind].append((source, message))
 
     def bad(self):
         return sum(len(found) for found in self.faults.values())
 
-    def lines(self, total):
-        lines = []
+    def report(self, total):
         for found in self.faults.values():
             at = places([source for source, _ in found])
-            lines.append(f"bad: {len(found):,} records, {at}: {found[0][1]}")
+            print(f"bad: {len(found):,} records, {at}: {found[0][1]}")
         counts = ", ".join(f"{name} {self.usable_by[name]:,}" for name in OBJECTIVES)
-        lines.append(f"{total:,} records, {self.bad():,} bad; usable by {counts}")
-        lines += self.pairs.lines()
+        print(f"{total:,} records, {self.bad():,} bad; usable by {counts}")
+        for line in self.pairs.lines():
+            print(line)
         if self.lengths:
             low = min(self.lengths)
             middle = statistics.median_low(self.lengths)
-            lines.append(f"length, tokens: min {low}, median {middle}, max {self.most_tokens}")
+            print(f"length, tokens: min {low}, median {middle}, max {self.most_tokens}")
         if self.most_tokens > self.args.max_length:
-            lines.append(f"--max-length {self.most_tokens} would take all records")
-        return lines
+            print(f"--max-length {self.most_tokens} would take all records")
 
 
 def check(args):
     """`python data.py check`: what a file holds; returns how many of its records are bad."""
-    check_numbers(args, any_sign=(), above_0=("max_length",))
+    check_numbers(args, above_0=("max_length",))
     records = Records(args.data, args.image_root, args.fields)
     prompts = None
     if args.model:
-        from vlm.load import load_processor
-        from vlm.prompts import prompts_for
-
         config, processor = load_processor(args.model)
         prompts = prompts_for(config, processor, args.prompt_format)
     elif args.show is not None:
@@ -410,15 +396,17 @@ def check(args):
         try:
             survey.add(i, records[i])
         except UserError as error:
-            survey.add_fault(source, str(error).removeprefix(f"{source}: "))
-    print("\n".join(survey.lines(len(records))))
-    shown = survey.first or []
-    if survey.longest and survey.longest is not survey.first:
+            message = str(error).removeprefix(f"{source}: ")
+            kind = source if args.all else kind_of(message)
+            survey.faults[kind].append((source, message))
+    survey.report(len(records))
+    shown = survey.first
+    if survey.longest is not survey.first:
         shown = shown + survey.longest
     for row in shown:
         print(f"{row.source}, {row.longest()} tokens")
         print(prompts.describe(row))
-    if args.show is not None and survey.first is None:
+    if args.show is not None and not survey.first:
         print(f"--show {args.show}: there is no such record, or it is bad")
     if args.page:
         from construct.review import review

@@ -245,7 +245,7 @@ class Options:
 def parse_args(argv=None):
     args = parse(Options, __doc__, argv)
     above_0 = ("limit", "batch_size", "max_new_tokens", "beams")
-    check_numbers(args, any_sign=("seed",), above_0=above_0)
+    check_numbers(args, above_0, any_sign=("seed",))
     if args.command == "fetch-help" and args.names:
         args.benchmark = args.names[0]
     if args.benchmark not in BENCHMARKS:

@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 import symmpo
-from data import Example, Examples, held_out, look_at_pairs, read_ahead, records_of_step
+from data import Example, Examples, held_out, look_at_pairs, read_ahead
 from support.checkpoint import RunFolder, means
 from support.cli import UserError, check_numbers, parse, run_command
 from support.reference import ReferenceCache
@@ -131,7 +131,7 @@ class Options(symmpo.Weights):
 
     def check(self):
         """Refuse values without a meaning, and settle those that were not given."""
-        check_numbers(self, any_sign=("delta", "seed"), above_0=ABOVE_0)
+        check_numbers(self, ABOVE_0, any_sign=("delta", "seed"))
         if self.warmup >= 1 or self.lora_dropout >= 1:
             raise UserError("--warmup and --lora-dropout must be below 1")
         if not self.data:
@@ -404,7 +404,7 @@ def say_hello(run, start):
     ]
     print("\n".join([*lines, *look_at_pairs(run.examples.records)]))
     longest = Example(number=-1)
-    for number in records_of_step(start, len(run.examples), options):
+    for number in run.examples.of_step(start):
         example = run.examples[number]
         if example.response_tokens() > longest.response_tokens():
             longest = example
@@ -430,7 +430,7 @@ def train(options):
     done = start = folder.load(run, optimizer)
     used, whole = 0, True  # records of this run; is the adapter that of a whole step?
     say_hello(run, start)
-    batches = read_ahead(run.examples, start, options)
+    batches = read_ahead(run.examples, start)
     bar = tqdm(total=options.steps, initial=start, unit="step", disable=None)
 
     with StopRequest() as stop, bar:
@@ -510,7 +510,7 @@ def forward_and_backward(run, batches, step, stop):
     totals, numbers, tables = Counter(), [], []
     steps_per_epoch = math.ceil(len(run.examples) / run.options.batch_size)
     is_new_epoch = step > 0 and step % steps_per_epoch == 0
-    records = records_of_step(step, len(run.examples), run.options)
+    records = run.examples.of_step(step)
     for _ in range(math.ceil(len(records) / run.options.micro_batch)):
         if stop.received:
             totals["stop"] = 1

@@ -10,9 +10,8 @@ from benchmarks import score
 from benchmarks.amber import amber
 from benchmarks.common import Settings, made_of
 from support.cli import UserError
-from support.files import drop_torn_line, lock, write_json
+from support.files import drop_torn_line, lock, need_same, write_json
 from support.images import open_images
-from support.settings import need_same
 
 
 def answer(model, prompts, questions, first=0, batch_size=16, seed=0, **decoding):

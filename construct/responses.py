@@ -60,7 +60,7 @@ class Draft:
 
 def build(args):
     """The command: the five steps, the gates, and the files of good and bad records."""
-    check_numbers(args, (), above_0=("samples", "max_side", "concurrency", "timeout"))
+    check_numbers(args, above_0=("samples", "max_side", "concurrency", "timeout"))
     records = Records(args.data, args.image_root, args.fields, needed=("image",))
     need_other(args.out, records)
     Path(f"{args.out}.work").mkdir(parents=True, exist_ok=True)

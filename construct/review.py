@@ -73,7 +73,7 @@ def marked(text, other):
 
 def review(args):
     """Write the page, with at most `limit` records, evenly spread over the file."""
-    check_numbers(args, any_sign=(), above_0=("limit",))
+    check_numbers(args, above_0=("limit",))
     source = Records(args.data, args.image_root, args.fields)
     need_other(args.out, source)
     records = [{**source.raw(i), **source[i]} for i in range(len(source))]

@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 
 from support.cli import UserError
-from support.files import lock, whole_lines
-from support.settings import need_same
+from support.files import lock, need_same, whole_lines
 
 
 class RunFolder:

@@ -42,9 +42,9 @@ def kind_of(message):
     return re.sub(r"'[^']*'|\S*[\d/\\]\S*", "...", message)
 
 
-def check_numbers(options, any_sign, above_0):
-    """Refuse numbers of an options dataclass that are infinite or NaN, negative (but those named in
-    any_sign), or 0 (those in above_0)."""
+def check_numbers(options, above_0, any_sign=()):
+    """Refuse numbers of an options dataclass that are infinite or NaN, 0 (those in above_0), or
+    negative (but those in any_sign)."""
     for name, value in vars(options).items():
         if not isinstance(value, (int, float)) or name in any_sign:
             continue
@@ -90,8 +90,9 @@ def parse(options_class, description, argv, notes=(), **defaults):
             needed = default is NEEDED
             if note is not None:
                 text = f"{text} ({note})"
-            given = {"type": kind, "default": default, "choices": choices, "required": needed}
-            group.add_argument(flag, **given, help=text)
+            group.add_argument(
+                flag, type=kind, default=default, choices=choices, required=needed, help=text
+            )
     parser.set_defaults(**defaults)
     return options_class(**vars(parser.parse_args(argv)))
 

@@ -1,4 +1,5 @@
-"""Reading, writing and locking files so that a crash or a second process spoils nothing."""
+"""Reading, writing and locking files so that a crash, a second process or a run that goes on with
+other settings spoils nothing."""
 
 import fcntl
 import json
@@ -27,11 +28,10 @@ def write_lines(path, values):
 
 def whole_lines(path):
     """The lines of a JSONL file that an append may have torn: all but an unfinished last one."""
-    path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("}\n")]
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.endswith("}\n")]
 
 
 def drop_torn_line(path):
@@ -39,10 +39,8 @@ def drop_torn_line(path):
     if not path.exists():
         return 0
     raw = path.read_bytes()
-    whole = raw[: raw.rfind(b"\n") + 1]
-    if whole != raw:
-        os.truncate(path, len(whole))
-    return whole.count(b"\n")
+    os.truncate(path, raw.rfind(b"\n") + 1)
+    return raw.count(b"\n")
 
 
 def lock(folder):
@@ -53,3 +51,13 @@ def lock(folder):
     except OSError as error:
         raise UserError(f"{folder}: another process is writing into this folder") from error
     return file
+
+
+def need_same(where, old, new):
+    """Refuse what was begun with other settings, both {name: value as in JSON}."""
+    for name, value in new.items():
+        if old.get(name) != value:
+            raise UserError(
+                f"{where}: made with other settings ({name} was {old.get(name)!r}, is {value!r}); "
+                "give the same, or choose another --out"
+            )

@@ -35,6 +35,7 @@ MARKERS = re.compile(
     r"|<\|assistant\|>|\b(USER|ASSISTANT):|### ?(Human|Assistant|Instruction|Response):"
     r"|<<SYS>>|^Human:|Assistant:$|</?img>|<\|(image|vision|video)\w*\|>"
 )
+END_TOKEN = re.compile(r"(</s>|<\|im_end\|>|<end_of_turn>|<\|eot_id\|>|<\|endoftext\|>)$")
 # How other models write the image's place; each is read as TAG.
 OTHER_TAGS = re.compile(
     r"<\|vision_start\|>(<\|image_pad\|>)+<\|vision_end\|>|<\|image(_1)?\|>|<start_of_image>"
@@ -57,7 +58,7 @@ def normalise(raw, needed=("image", "prompt", "chosen")):
             "and write them as chosen and rejected"
         )
     elif "text" in raw and "chosen" not in raw:  # RLHF-V: question and answers as JSON in a field
-        found.update(json_object("text", raw["text"]))
+        found.update(json_object(raw["text"]))
     elif "conversations" in raw and "rejected_conversations" not in raw:  # LLaMA-Factory
         found["prompt"] = raw["conversations"]
     # The rest is the form itself or near it: RLAIF-V and MMPR say question for prompt, TRL and
@@ -69,18 +70,21 @@ def normalise(raw, needed=("image", "prompt", "chosen")):
             raise ValueError(f"the field {name} would be lost; {ONE_QUESTION}")
     split_conversations(found)
 
-    if found.get("image") is None:
-        found["image"] = image_in_the_turn(found.get("prompt"))
     record = {"stripped": [], "unread": sorted(raw.keys() - {*FIELDS, *LAYOUTS, *NOTES})}
     for name in FIELDS:
-        if found.get(name) is None:
+        value = found.get(name)
+        if value is None:
             continue
         if name in IMAGES:
-            record[name] = the_only_image(name, found[name])
+            record[name] = the_only_image(name, value)
         elif name == "prompt":
-            record[name] = plain_question(found[name], record["stripped"])
+            text, image = one_turn(name, value, "user")
+            record[name] = plain_question(text, record["stripped"])
+            if image is not None:
+                record.setdefault("image", image)
         else:
-            record[name] = plain_answer(name, found[name])
+            text, _ = one_turn(name, value, "assistant")
+            record[name] = plain_answer(name, text)
     missing = [name for name in needed if name not in record]
     if missing:
         mapping = ",".join(f"{name}=THEIRS" for name in missing)
@@ -105,11 +109,11 @@ def split_conversations(found):
         found["rejected"] = rejected[-1:]
 
 
-def json_object(name, text):
-    """The object that a field holds as JSON."""
+def json_object(text):
+    """The object that the field text holds as JSON."""
     found = json.loads(text) if isinstance(text, str) else None
     if not isinstance(found, dict):
-        raise ValueError(f"the field {name} holds no JSON object")
+        raise ValueError("the field text holds no JSON object")
     return found
 
 
@@ -125,57 +129,48 @@ def the_only_image(name, images):
 # --- texts ---------------------------------------------------------------------------------------
 
 
-def messages_of(value):
-    """A conversation as a list of turns; None for a plain text."""
+def one_turn(name, value, role):
+    """(text, image or None) of a text, or of a conversation's only turn, which must be this
+    role's."""
     if isinstance(value, str) and re.match(r"\[\s*\{\s*\"(role|from)\"", value):
         value = json.loads(value)  # as OpenRLHF has it
     if isinstance(value, dict):
         value = [value]
-    return value if isinstance(value, list) else None
-
-
-def one_turn(name, value, role):
-    """A text, or the text of a conversation's only turn, which must be this role's."""
-    turns = messages_of(value)
-    if turns is None:
-        return value
-    if not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError(f"{name}: a list of {len(turns)} texts; there must be one text")
+    if not isinstance(value, list):
+        return value, None
+    if not all(isinstance(turn, dict) for turn in value):
+        raise ValueError(f"{name}: a list of {len(value)} texts; there must be one text")
     roles = []
-    for turn in turns:
+    for turn in value:
         said_by = turn.get("role", turn.get("from"))
         roles.append(ROLES.get(said_by, said_by))
     if roles != [role]:
         there = ", ".join(r or "a turn without a role" for r in roles) or "none"
         raise ValueError(f"{name}: one turn of the {role} is read, not {there}; {ONE_QUESTION}")
-    parts = turns[0].get("content", turns[0].get("value"))
+    [turn] = value
+    parts = turn.get("content", turn.get("value"))
     if not isinstance(parts, list):
-        return parts
-    return "".join(TAG if part["type"].startswith("image") else part["text"] for part in parts)
-
-
-def image_in_the_turn(value):
-    """The image that a part of the conversation itself holds, or None."""
-    for turn in messages_of(value) or []:
-        parts = turn.get("content")
-        if not isinstance(parts, list):
+        return parts, None
+    text = ""
+    image = None
+    for part in parts:
+        if not part["type"].startswith("image"):
+            text += part["text"]
             continue
-        for part in parts:
-            if "image_url" in part:
-                return part["image_url"]["url"]
-            if "image" in part:
-                return part["image"]
-    return None
+        text += TAG
+        image = part.get("image")
+        if part.get("image_url"):
+            image = part["image_url"]["url"]
+    return text, image
 
 
-def plain_question(value, stripped):
+def plain_question(text, stripped):
     """The question alone: without the frame of a chat template and without the image's tag. What
     was taken off is added to the list `stripped`."""
-    text = OTHER_TAGS.sub(TAG, text_of("prompt", one_turn("prompt", value, "user")))
-    for beginnings, end in FRAMES:
-        begun = [before for before in beginnings if text.startswith(before)]
-        if begun and text.endswith(end):
-            text = text.removeprefix(begun[0]).removesuffix(end).strip()
+    text = OTHER_TAGS.sub(TAG, text_of("prompt", text))
+    for before, end in FRAMES:
+        if text.startswith(before) and text.endswith(end):
+            text = text.removeprefix(before).removesuffix(end).strip()
             stripped.append("a chat template")
             break
     if text.count(TAG) > 1:
@@ -186,14 +181,9 @@ def plain_question(value, stripped):
     return no_markup("prompt", text)
 
 
-def plain_answer(name, value):
+def plain_answer(name, text):
     """The answer alone: its end token is the tokenizer's business."""
-    text = text_of(name, one_turn(name, value, "assistant"))
-    for token in KNOWN["end_tokens"]:
-        if text.endswith(token):
-            text = text.removesuffix(token)
-            break
-    return no_markup(name, text)
+    return no_markup(name, END_TOKEN.sub("", text_of(name, text)))
 
 
 def text_of(name, value):

@@ -14,27 +14,14 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps, PngImagePlugin
 from support.cli import Unreadable, UserError
 
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # a long text chunk is no reason to refuse a picture
-BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
+BASE64 = re.compile(r"data:[\s\S]*|[A-Za-z0-9+/\s]{100,}+=*\s*")  # shorter is a path
 FULL_SCALES = (1, 255, 1023, 4095, 16383, 65535)  # white of float, 8, 10, 12, 14 and 16 bits
-READ = "PNG JPEG MPO WEBP GIF BMP TIFF PPM JPEG2000 AVIF TGA ICO".split()
-Image.init()
-FORMATS = [name for name in READ if name in Image.OPEN]  # without EPS, which starts Ghostscript
+# JPEG's reader opens MPO, too. EPS is not among them: its reader starts Ghostscript.
+FORMATS = "PNG JPEG WEBP GIF BMP TIFF PPM JPEG2000 TGA ICO AVIF".split()
 LONGEST = 200  # times the shorter side: processors scale that one up, whatever becomes of the other
 # Shares of the area that a crop keeps (mDPO Table 3).
 CROP = (0.01, 0.2)
 CROP_LARGE = (0.2, 0.5)
-
-
-def need_inside(path, root, allow_outside):
-    """Refuse a path that leaves the folder root, links followed, or that is none."""
-    try:
-        inside = Path(root, path).resolve().is_relative_to(Path(root).resolve())
-    except (ValueError, OSError, RuntimeError) as error:  # NUL, surrogates, links in a circle
-        raise UserError(f"{path!r:.200}: not a path: {error}") from error
-    if not allow_outside and not inside:
-        raise UserError(
-            f"{Path(root, path)}: outside the data folder {root} (--allow-outside permits it)"
-        )
 
 
 def open_images(sources):
@@ -47,17 +34,16 @@ def open_image(source, root=".", allow_outside=True):
     """An RGB image, upright (EXIF), from a path relative to root, bytes, base64 text, or {"bytes",
     "path"} as Parquet has it. Palette, CMYK, transparent, 16-bit and animated (first frame) files
     are converted."""
-    if isinstance(source, dict):
-        source = source.get("bytes") or source.get("path")
     name = "the image's bytes"
     if isinstance(source, str):
         name = f"base64 text {source[:40]!r}..."
-        source = decoded(source)
+    source = path_or_bytes(source, root, allow_outside)
     if isinstance(source, str):
-        name = os.path.join(root, source)
-        source = contents_of(source, name, root, allow_outside)
-    if not isinstance(source, bytes):
-        raise UserError(f"an image is a path or bytes, not {type(source).__name__}")
+        name = source
+        try:
+            source = Path(name).read_bytes()
+        except OSError as error:
+            raise Unreadable(f"{name}: {error}") from error
     if source.startswith(b"version https://git-lfs"):
         raise UserError(f"{name}: a Git LFS pointer, not the image: run `git lfs pull`")
     try:
@@ -69,28 +55,40 @@ def open_image(source, root=".", allow_outside=True):
         raise UserError(f"{name}: not a readable image: {str(error):.200}") from error
 
 
-def contents_of(path, file, root, allow_outside):
-    """The bytes of a file, which `path` names relative to root."""
-    if not os.path.isfile(file):
+def path_or_bytes(source, root, allow_outside):
+    """The path of an image's file, which is there, or the image's bytes; source as of open_image.
+
+    Raises UserError also for a path that leaves the folder root, links followed."""
+    if isinstance(source, dict):
+        source = source.get("bytes") or source.get("path")
+    if isinstance(source, str):
+        source = decoded(source)
+    if isinstance(source, bytes):
+        return source
+    if not isinstance(source, str):
+        raise UserError(f"an image is a path or bytes, not {type(source).__name__}")
+    path = os.path.join(root, source)
+    if not os.path.isfile(path):
+        if not os.path.isdir(root):
+            raise Unreadable(f"{path:.200}: there is no folder {root}: is its disk still there?")
         raise UserError(
-            f"{file:.200}: no such image file; paths start at the data file's folder, or at "
+            f"{path:.200}: no such image file; paths start at the data file's folder, or at "
             "--image-root DIR"
         )
-    need_inside(path, root, allow_outside)
-    try:
-        return Path(file).read_bytes()
-    except OSError as error:
-        raise Unreadable(f"{file}: {error}") from error
+    inside = Path(path).resolve().is_relative_to(Path(root).resolve())
+    if not inside and not allow_outside:
+        raise UserError(
+            f"{Path(path)}: outside the data folder {root} (--allow-outside permits it)"
+        )
+    return path
 
 
 def decoded(text):
     """The bytes of a data URI or of base64 text; a path stays as it is."""
     if re.match(r"https?://", text):
         raise UserError(f"{text:.100}: a web address; download the images and give their paths")
-    if text.startswith("file://"):
-        return text.removeprefix("file://")
-    is_data = text.startswith("data:")
-    if not is_data and not (len(text) > 100 and BASE64.fullmatch(text)):
+    text = text.removeprefix("file://")
+    if not BASE64.fullmatch(text):
         return text
     try:
         return base64.b64decode(text.rpartition(",")[2])

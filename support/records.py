@@ -5,6 +5,7 @@ not read is named for what it is, with the way on.
 """
 
 import contextlib
+import functools
 import glob
 import hashlib
 import json
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from support.cli import Unreadable, UserError
 from support.formats import FIELDS, IMAGES, LAYOUTS, normalise
-from support.images import decoded, need_inside, open_image, pixel_hash
+from support.images import open_image, path_or_bytes, pixel_hash
 
 PICTURES = tuple(".jpg .jpeg .png .webp .bmp .gif .tif .tiff".split())
 NO_RECORDS = ("dataset_info.json", "dataset_dict.json", "state.json")  # beside Arrow files
@@ -41,13 +42,13 @@ NOT_UTF8 = "the file is not UTF-8: convert it, perhaps with `iconv -f LATIN1 -t 
 # --- one file ------------------------------------------------------------------------------------
 
 
+@dataclass
 class Listed:
     """Records that are read at once, and held in a list."""
 
-    def __init__(self, path, kind, found):
-        self.path = path
-        self.kind = kind
-        self.found = found
+    path: Path
+    kind: str  # of record, for messages
+    found: list
 
     def __len__(self):
         return len(self.found)
@@ -85,7 +86,7 @@ def json_list(path):
     text = Path(path).read_text(encoding="utf-8-sig")
     try:
         return Listed(path, "record", json.loads(text))
-    except ValueError as error:
+    except json.JSONDecodeError as error:
         raise UserError(
             f"{path}:{error.lineno}: not valid JSON: {error.msg}, column {error.colno}"
         ) from error
@@ -104,20 +105,18 @@ class Parquet(Listed):
         import pyarrow.parquet
 
         super().__init__(path, "row", pyarrow.parquet.ParquetFile(path, memory_map=True))
+        self.rows_of = functools.lru_cache(maxsize=1)(self.found.read_row_group)
         about = self.found.metadata
         sizes = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
         self.starts = [0, *accumulate(sizes)]  # first row of each group, and the end
-        self.loaded, self.table = None, None  # number of a group, and its rows
 
     def __len__(self):
         return self.starts[-1]
 
     def read(self, i):
         group = bisect_right(self.starts, i) - 1
-        if self.loaded != group:
-            self.loaded = group
-            self.table = self.found.read_row_group(group)
-        return self.table.slice(i - self.starts[group], 1).to_pylist()[0]
+        [row] = self.rows_of(group).slice(i - self.starts[group], 1).to_pylist()
+        return row
 
 
 def open_file(path):
@@ -265,9 +264,6 @@ class Records:
         file, k = self.place(i)
         return file.source(k)
 
-    def root(self, i):
-        return self.place(i)[0].root
-
     def raw(self, i):
         """Record i as it stands in the file, under our names where --fields gives them."""
         file, k = self.place(i)
@@ -295,7 +291,7 @@ class Records:
             record = normalise(raw, self.needed)
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise UserError(f"{source}: {error}") from error
-        return {**record, "source": source, "root": self.root(i)}
+        return {**record, "source": source, "root": self.place(i)[0].root}
 
 
 # --- records whose images are files --------------------------------------------------------------
@@ -331,12 +327,10 @@ def need_other(out, records):
 
 def image_file(image, root, folder, allow_outside):
     """The path of an image, which is written into the folder if it has none yet."""
-    if isinstance(image, str):
-        image = decoded(image)
-    if isinstance(image, str):
-        need_inside(image, root, allow_outside)
-        return root / image
-    picture = open_image(image)
+    found = path_or_bytes(image, root, allow_outside)
+    if isinstance(found, str):
+        return Path(found)
+    picture = open_image(found)
     path = Path(folder, f"{pixel_hash(picture)[:16]}.png")
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

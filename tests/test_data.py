@@ -12,6 +12,7 @@ import data
 from conftest import write_prefs
 from data import Records, build_rows
 from support.cli import UserError
+from support.files import whole_lines, write_lines
 from support.images import CROP, CROP_LARGE, crop, open_image
 from symmpo import MP, OBJECTIVES, L, M, W
 from vlm.load import add_lora, load_model, load_processor
@@ -142,6 +143,14 @@ def test_records_are_lazy(tmp_path):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 20_000 * 64 + 200_000  # bytes; the file has 12 MB
+
+
+def test_lines_are_read_back_whatever_is_in_their_texts(tmp_path):
+    rows = [{"text": "one\u2028two\x85three"}, {"text": "four"}]
+    path = tmp_path / "a.jsonl"
+    write_lines(path, rows)
+    path.write_bytes(path.read_bytes() + b'{"text": "torn')
+    assert whole_lines(path) == rows
 
 
 def test_vicuna_tokens(prompts):

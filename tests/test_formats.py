@@ -101,6 +101,19 @@ LAYOUTS = {
         "chosen": "No.",
         "rejected": "Yes.",
     },
+    "image behind the text, as Parquet has parts": {
+        "prompt": [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "text", "text": TEXTS["prompt"], "image": None},
+                    {"type": "image", "text": None, "image": "0.png"},
+                ],
+            }
+        ],
+        "chosen": "No.",
+        "rejected": "Yes.",
+    },
     "OpenRLHF": {**IMAGES, "prompt": json.dumps([USER]), "chosen": "No.", "rejected": "Yes."},
     "LLaMA-Factory": {
         **IMAGES,
@@ -315,6 +328,8 @@ def test_images_inside_the_file(folder):
     with pytest.raises(UserError) as broken:
         open_image("A" * 5000)
     assert len(str(broken.value)) < 300
+    with pytest.raises(UserError, match="no such image"):
+        open_image("\n" * 100_000 + "!")  # in a moment
     with pytest.raises(UserError, match="web address"):
         open_image("https://example.com/0.png")
 
@@ -416,6 +431,22 @@ def test_check_shows_a_record_and_the_longest_and_writes_a_page(folder, tmp_path
     tokens = int(re.search(r"length, tokens: .* max (\d+)", text)[1])
     _, text = check(capsys, path, "--model", tmp_path / "model", "--max-length", tokens - 1)
     assert "3 records, 1 bad" in text and f"--max-length {tokens} would take all" in text
+
+
+def test_construction_reads_paths_in_parquet_from_the_data_folder_alone(folder, capsys):
+    (folder / "data").mkdir()
+    picture(0).save(folder / "data" / "in.png")
+    path = folder / "data" / "prefs.jsonl"
+    write(path, {**PLAIN, "image": {"bytes": None, "path": "in.png"}})
+    out = folder / "data" / "pairs.jsonl"
+    contrast.main([str(path), "--out", str(out), "--kind", "black"])
+    assert json.loads(out.read_text())["image"] == "in.png"
+    for name, reason in (("../0.png", "--allow-outside"), ("gone.png", "no such image file")):
+        write(path, {**PLAIN, "image": {"bytes": None, "path": name}})
+        with pytest.raises(SystemExit):
+            contrast.main([str(path), "--out", str(out), "--kind", "black"])
+        said = capsys.readouterr().err
+        assert f"{path}:1: " in said and reason in said
 
 
 def test_construction_takes_pictures_from_inside_the_file(folder):

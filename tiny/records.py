@@ -214,7 +214,7 @@ def make(args):
     from vlm.load import load_model
     from vlm.prompts import prompts_for
 
-    check_numbers(args, any_sign=(), above_0=("number",))
+    check_numbers(args, above_0=("number",))
     unknown = set(args.kinds) - {"edit", "neighbour", *LESS}
     if unknown or not args.kinds or args.error > 1:
         raise UserError(

@@ -29,8 +29,7 @@ import torch
 from tqdm import tqdm
 
 from support.cli import NEEDED, UserError, parse, run_command
-from support.files import lock, write_json
-from support.settings import need_same
+from support.files import lock, need_same, write_json
 from vlm.load import named
 
 ORIGINAL = Path(__file__).with_name("original.json")

@@ -17,7 +17,6 @@ import data
 import evaluate
 import train
 from construct import responses, review
-from data import records_of_step
 from support.cli import UserError
 from support.images import open_image
 from test_train import read_metrics
@@ -193,8 +192,8 @@ def test_a_bad_record_costs_no_finished_step(job):  # noqa: F811
     prefs = argv[argv.index("--data") + 1]
     path, lines = prefs.parent / "one-bad.jsonl", prefs.read_text().splitlines()
     command = [*map(str, argv), "--data", str(path), "--batch-size", "2", "--save-every", "99"]
-    path.touch()
-    bad = records_of_step(2, 6, train.read_options(command))[0]
+    path.write_text("\n".join(lines) + "\n")
+    bad = data.Examples(path, None, train.read_options(command)).of_step(2)[0]
     path.write_text("\n".join([*lines[:bad], "{", *lines[bad + 1 :]]) + "\n")
     assert harness.run("train", command, log) == 2
     assert f"{path}:{bad + 1}: not valid JSON" in log.read_text()
@@ -216,7 +215,8 @@ def test_bad_held_out_records_are_found_before_the_first_step(job, capsys):  # n
     command = [*map(str, argv), "--eval-data", str(path)]
     with pytest.raises(SystemExit):
         train.main(command)
-    assert f"{path}:1" in capsys.readouterr().err and not read_metrics(out)
+    said = capsys.readouterr().err
+    assert f"{path}:1" in said and f"data.py check {path}`" in said and not read_metrics(out)
     train.main([*command, "--skip-bad", "--out", str(out) + "2"])
     assert capsys.readouterr().out.count("left out") == 2
     assert "eval/loss" in read_metrics(out.with_name(out.name + "2"))[-1]
