@@ -281,7 +281,7 @@ def reference_table(run, rows, keys, use_cache=True):
     return table.to(run.options.device, non_blocking=True)
 
 
-def loss_table(run, examples):
+def loss_table(run, examples, use_cache=True):
     """All that the loss sees of a micro-batch: a symmpo.Table.
 
     This is where rho comes from: log pi_theta - log pi_ref, cell by cell. An objective without a
@@ -293,7 +293,7 @@ def loss_table(run, examples):
     policy = policy_table(run, rows, len(keys))  # (3, 3, records)
     reference = torch.full_like(policy, math.nan)
     if run.objective.reference:
-        reference = reference_table(run, rows, keys)
+        reference = reference_table(run, rows, keys, use_cache)
     lengths = response_lengths(rows, len(keys)).to(policy.device, non_blocking=True)
     return symmpo.Table(policy - reference, policy, lengths)
 
@@ -306,12 +306,12 @@ def rows_of(examples):
     return rows, [example.key for example in examples]
 
 
-def compute_loss(run, examples):
+def compute_loss(run, examples, use_cache=True):
     """A micro-batch's losses, (records,) in nats, and the table that they are of.
 
     Nothing is averaged yet: the loop sums over micro-batches, and divides once.
     """
-    table = loss_table(run, examples)
+    table = loss_table(run, examples, use_cache)
     terms = symmpo.loss_terms(run.options.objective, table, run.weights)
     return sum(terms.values()), table
 
@@ -338,37 +338,37 @@ def verify(run, example, start):
     """Before the loop, on one record: at the very start, where the adapter is zero, policy =
     reference and the loss is its closed form; sharing the prefix changes nothing; and the cache
     holds what this model computes. That comes last, since nothing wrong must get into it."""
-    rows, keys = rows_of([example])
     if not run.objective.reference:
         print(f"step {start:<7}{run.options.objective} reads no reference: nothing to compare")
     elif start == 0:
-        verify_start(run, rows, reference_table(run, rows, keys, use_cache=False))
+        verify_start(run, example)
     if not run.options.no_share_prefix:
-        verify_sharing(run, rows, start)
+        verify_sharing(run, example, start)
     if run.objective.reference:
         verify_cache(run, example)
 
 
-def verify_sharing(run, rows, start):
+def verify_sharing(run, example, start):
+    rows, keys = rows_of([example])
     apart = dataclasses.replace(run, options=dataclasses.replace(run.options, no_share_prefix=True))
-    with torch.no_grad(), adapter_off(run.policy):  # its dropout is not what this is about
-        shared, plain = policy_table(run, rows, 1), policy_table(apart, rows, 1)
+    # Of the reference: the adapter's dropout is not what this is about.
+    shared = reference_table(run, rows, keys, use_cache=False)
+    plain = reference_table(apart, rows, keys, use_cache=False)
     what = "with a shared prefix and without it, log-probs"
     off = need_same(shared, plain, rows, run.options.dtype, what)
     print(f"step {start:<7}sharing the prefix changes log-probs by {off:.1g} nats")
 
 
-def verify_start(run, rows, fresh):
-    policy = policy_table(run, rows, records=1).detach()  # as the loop computes it
+def verify_start(run, example):
+    loss, table = compute_loss(run, [example], use_cache=False)  # as the loop does
     what = "before the first step, policy and reference"
-    rho = need_same(policy, fresh, rows, run.options.dtype, what)
-    table = symmpo.Table(policy - fresh, policy, response_lengths(rows, 1).to(policy.device))
-    loss = sum(symmpo.loss_terms(run.options.objective, table, run.weights).values()).item()
+    zero = torch.zeros_like(table.rho)
+    rho = need_same(table.rho, zero, example.rows, run.options.dtype, what)
     expected = symmpo.loss_at_start(run.options.objective, run.weights)
-    if math.isnan(loss):
+    if loss.isnan():
         raise UserError(f"{run.options.objective} reads cells of the table that it does not list")
     closed_form = "no closed form" if expected is None else f"closed form {expected:.6f}"
-    print(f"step 0      rho = 0 within {rho:.1g} nats, loss {loss:.6f}, {closed_form}")
+    print(f"step 0      rho = 0 within {rho:.1g} nats, loss {loss.item():.6f}, {closed_form}")
 
 
 def verify_cache(run, example):

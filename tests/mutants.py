@@ -86,7 +86,7 @@ MUTANTS = [
     Mutant(
         "rho is 0 at the start, or the run stops",
         "train.py",
-        "    rho = need_same(policy, fresh, rows, run.options.dtype, what)",
+        "    rho = need_same(table.rho, zero, example.rows, run.options.dtype, what)",
         "    rho = 0.0",
         "tests/test_train.py -k step_0_catches",
     ),

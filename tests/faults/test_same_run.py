@@ -160,7 +160,7 @@ ENDING = """
 import os, signal, sys, time, multiprocessing
 import train
 real, how = train.compute_loss, sys.argv.pop(1)
-def failing(run, examples):
+def failing(run, examples, **more):
     if run.policy.training and len(multiprocessing.active_children()) > 0:
         print("at", time.time(), flush=True)
         if how == "error":
@@ -169,7 +169,7 @@ def failing(run, examples):
             os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
         if how == "hangup":
             os.kill(os.getpid(), signal.SIGHUP)
-    return real(run, examples)
+    return real(run, examples, **more)
 train.compute_loss = failing
 train.main(sys.argv[1:])
 """
