@@ -13,7 +13,7 @@ from data import build_rows
 from speed.measure import Result, peak_of
 from speed.world import SIZES, write_world
 from support.reference import key_of
-from vlm.logprobs import add_image_features
+from vlm.logprobs import add_image_features, decoder
 
 LR = 2e-4  # at 1e-3 the mid-size losses explode within six steps, and rounding with them
 RECORDS = 3
@@ -66,6 +66,12 @@ def rows_of_records(run):
     return [build_rows(records[i], run.prompts, cells) for i in range(RECORDS)]
 
 
+def keep_all(policy):
+    """Its MLPs as transformers has them, which keep the gate's activations."""
+    for layer in decoder(policy).layers:
+        del layer.mlp.forward
+
+
 def ask_for_all_logits(model, args, inputs):
     return args, inputs | {"logits_to_keep": 0}
 
@@ -76,6 +82,8 @@ class Side:
     def __init__(self, run, rung, records):
         frozen = {id(p): p for p in run.policy.parameters() if not p.requires_grad}  # not copied
         policy = copy.deepcopy(run.policy, frozen)
+        if rung.plain:
+            keep_all(policy)
         if rung.all_logits:
             policy.register_forward_pre_hook(ask_for_all_logits, with_kwargs=True)
         options = replace(run.options, no_share_prefix=rung.plain)

@@ -15,7 +15,17 @@ import symmpo
 from speed import measure
 from speed.__main__ import compare, ratios
 from speed.measure import Result
-from speed.sides import LR, RECORDS, Rung, Side, descend, prepare, rows_of_records, two_steps
+from speed.sides import (
+    LR,
+    RECORDS,
+    Rung,
+    Side,
+    descend,
+    keep_all,
+    prepare,
+    rows_of_records,
+    two_steps,
+)
 
 
 class TRLSide:
@@ -53,6 +63,7 @@ class TRLSide:
         settings |= {"beta": run.weights.beta, "max_length": None, "report_to": "none"}
         policy, run.policy = run.policy, None
         ours = {name: p.clone() for name, p in policy.state_dict().items() if "lora_" in name}
+        keep_all(policy)
         self.trainer = trl.DPOTrainer(
             policy.unload(),
             args=trl.DPOConfig(str(folder), **settings),

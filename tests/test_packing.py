@@ -5,6 +5,7 @@ positions that run on through the branches, and the contrast image in the image'
 """
 
 import dataclasses
+import functools
 import math
 
 import pytest
@@ -24,11 +25,12 @@ from vlm.logprobs import (
     packed_logps,
     response_lengths,
 )
+from vlm.savings import gated_mlp, save_work
 
 TOLERANCE, GRAD_TOLERANCE = 2e-5, 2e-5  # nats; nats per unit of adapter weight
 
 
-def with_adapter(family):
+def with_adapter(family, savings=True):
     model, image = tiny_model(family)
     prefix = next(n for n, m in model.named_modules() if m is decoder(model))
     policy = get_peft_model(
@@ -41,6 +43,8 @@ def with_adapter(family):
     for name, p in policy.named_parameters():
         if "lora_B" in name:  # not zero, so that the adapter matters
             torch.nn.init.normal_(p, std=0.05)
+    if savings:
+        save_work(decoder(policy).layers)
     return policy, tiny_rows(model, image, records=2)
 
 
@@ -112,6 +116,61 @@ def test_segments_attend_as_the_mask_says(family, checkpointing):
     found, grad = values_and_grads(policy, sums(masked=False))
     assert (found - expected).abs().max() < TOLERANCE
     assert (grad - expected_grad).abs().max() < GRAD_TOLERANCE * expected_grad.abs().max()
+
+
+@pytest.mark.parametrize("family", ["llava", "internvl", "smolvlm", "mistral3"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_savings_change_nothing_but_the_work(family, checkpointing):
+    """With rows of different lengths: the backward pass starts when another row was the last."""
+    policy, rows = with_adapter(family, savings=False)
+    expected, expected_grad = values_and_grads(policy, table_sums(policy, rows))
+    layers = decoder(policy).layers
+    save_work(layers)
+    if checkpointing:
+        policy.train().gradient_checkpointing_enable({"use_reentrant": False})
+    seen = {0: [], len(layers) - 1: []}
+    for number, tokens in seen.items():
+        gate = layers[number].mlp.gate_proj
+        gate.register_forward_hook(lambda m, args, out, tokens=tokens: tokens.append(out.shape[1]))
+    found, grad = values_and_grads(policy, table_sums(policy, rows))
+    assert (found - expected).abs().max() < TOLERANCE
+    assert (grad - expected_grad).abs().max() < GRAD_TOLERANCE * expected_grad.abs().max()
+    forward = [row.tokens() - len(row.responses) for row in rows]
+    read = [row.tokens() - len(row.prefix()) - len(row.responses) + 1 for row in rows]
+    again = [size[::-1] if checkpointing else [] for size in (forward, read)]
+    assert seen[0] == forward + again[0]
+    assert seen[len(layers) - 1] == read + again[1]
+    # Without `read`, as in sequences of their own, the last layer computes all.
+    plain, _ = values_and_grads(policy, table_sums(policy, rows, packed=False))
+    assert (plain - expected).abs().max() < TOLERANCE
+
+
+def test_the_gate_is_not_kept():
+    """Bytes that autograd keeps for the backward pass: less by act(gate) of every layer."""
+    policy, rows = with_adapter("llava", savings=False)
+
+    def kept():
+        sizes = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            held.append(tensor)
+            return tensor
+
+        held = []
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            sums = table_sums(policy, rows[:1])
+        assert sums.requires_grad
+        return sum(sizes.values())
+
+    before = kept()
+    layers = decoder(policy).layers
+    for layer in layers:
+        layer.mlp.forward = functools.partial(gated_mlp, layer.mlp)
+    width = layers[0].mlp.gate_proj.weight.shape[0]
+    tokens = rows[0].tokens() - len(rows[0].responses)
+    assert before - kept() >= 4 * width * tokens * len(layers)
 
 
 @pytest.mark.parametrize("family", PACKED)

@@ -14,6 +14,7 @@ import torch
 
 from support.cli import UserError
 from vlm.logprobs import decoder
+from vlm.savings import save_work
 
 OLDEST = {"torch": (2, 11), "transformers": (5, 17), "peft": (0, 21)}  # that the tests pass with
 
@@ -189,6 +190,7 @@ def add_lora(model, rank, alpha, dropout=0.0, grad_checkpointing=False):
     trained = [name for name, p in policy.named_parameters() if p.requires_grad]
     assert trained and all(f"{path}." in name for name in trained), "adapters in a wrong place"
     policy.lora_layers = [module for module in policy.modules() if isinstance(module, LoraLayer)]
+    save_work(language_model.layers)
     if grad_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     return policy.train()  # checkpointing is off in eval mode; dropout is 0 unless asked for

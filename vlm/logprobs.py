@@ -169,6 +169,7 @@ def packed_logps(model, rows, masked=False):
 
     base = base_model(model)
     ids, position = on_device([ids, position], base.device)  # (tokens,) each
+    read = on_device(sorted(set(predicting)), base.device)  # a prefix's end predicts several tokens
     predicting, targets = on_device([predicting, targets], base.device)  # (response tokens,) each
     embeds = embed(model, rows, ids)  # (1, tokens, width)
     inputs = {"inputs_embeds": embeds, "position_ids": position[None], "use_cache": False}
@@ -177,6 +178,7 @@ def packed_logps(model, rows, masked=False):
     else:
         allow_segments()
         inputs["segments"] = segments_of(row_of, branch, embeds)
+        inputs["read"] = read  # by a layer that need not compute more (savings.py)
         inputs["attention_mask"] = embeds.new_zeros(1, 1, 1, 1)  # given: none is made, nor used
     hidden = decoder(model)(**inputs).last_hidden_state[0]  # (tokens, width)
     head = base.get_output_embeddings()
