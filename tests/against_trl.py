@@ -1,7 +1,9 @@
 """The DPO step against TRL's DPOTrainer: time, memory, and the proof that both compute the same.
 
     pip install "trl==1.16.*"
-    python -m tests.against_trl --size mid --rounds 9        --cuda on a GPU, in bf16
+    python -m tests.against_trl --size mid --rounds 9
+        --cuda      on a GPU, in bf16
+        --as-is     TRL as it is on a CPU: with the logits of all tokens
 
 The sides take turns in one process, as in speed/. Nothing of the project needs TRL.
 """
@@ -32,16 +34,17 @@ class TRLSide:
     """TRL's DPOTrainer, step by step, with the weights, adapters, records and tokens of a run that
     it takes over.
 
-    It skips logits that no label needs on a GPU alone: here it does so on the CPU, too. It seeds
-    anew before it makes adapters, so ours are copied over, and it adds no end token to records
-    with images, so it stands in their text.
+    It skips logits that no label needs on a GPU alone: here it does so on the CPU, too, unless
+    as_is. It seeds anew before it makes adapters, so ours are copied over, and it adds no end token
+    to records with images, so it stands in their text.
     """
 
-    def __init__(self, run, folder):
+    def __init__(self, run, folder, as_is=False):
         import datasets
         import trl.trainer.utils
 
-        trl.trainer.utils._use_triton = lambda device: True  # asked there for "skip logits?" alone
+        if not as_is:  # asked there for "skip logits?" alone
+            trl.trainer.utils._use_triton = lambda device: True
         vocabulary = run.policy.config.text_config.vocab_size
         trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = min(32768, vocabulary)  # its buffer's width
         prompts = run.prompts
@@ -93,13 +96,13 @@ class TRLSide:
         return Result(policy, policy - rho, loss.item())
 
 
-def against_trl(size, folder, rounds, device):
+def against_trl(size, folder, rounds, device, as_is=False):
     """The DPO step against TRL's."""
     run = prepare(folder, size, "dpo", device)
     records = rows_of_records(run)
     ours = Side(run, Rung("ours"), records)
     cached = Side(run, Rung("ours, reference cached", cached=True), records)
-    sides = {"TRL DPOTrainer": TRLSide(run, folder)}
+    sides = {"TRL DPOTrainer": TRLSide(run, folder, as_is)}
     sides |= {side.rung.name: side for side in (ours, cached)}
     times, proof = compare(sides, rounds, device)
     return [*ratios(times), proof]
@@ -118,11 +121,12 @@ def main():
     parser.add_argument("--size", default="mid")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--cuda", action="store_true")
+    parser.add_argument("--as-is", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
     device = "cuda" if args.cuda else "cpu"
     with tempfile.TemporaryDirectory() as folder:
-        for row in against_trl(args.size, folder, args.rounds, device):
+        for row in against_trl(args.size, folder, args.rounds, device, args.as_is):
             print("-", ", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
         for name, trls in (("TRL", True), ("ours", False)):
             mib = measure.in_new_process(step_memory, trls, folder, args.size, device)
