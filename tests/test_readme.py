@@ -144,7 +144,7 @@ def test_speed_figures_are_the_measured_ones():
     results = [json.loads(path.read_text()) for path in RESULTS.glob("*.json")]
     measured, mib = set(), set()
     for found in results:
-        for part in ("ladder", "trl"):
+        for part in ("ladder", "trl", "trl as it is on a CPU"):
             for row in found.get(part, {}).get("rows", []):
                 measured.add(f"{row['ratio'][0]:.2f}")
                 measured.add(f"{row.get('predicted ratio', 1):.2f}")
@@ -154,7 +154,7 @@ def test_speed_figures_are_the_measured_ones():
     sizes = re.findall(r"\| ([\d,]*\d)(?=,? )", text[text.index("| peak memory") :])
     assert len(ratios) >= 15 and set(ratios) <= measured, set(ratios) - measured
     assert len(sizes) == 8 and set(sizes) <= mib, set(sizes) - mib
-    for figure in ("3.14 to 3.59 times", "2.6 times less memory", "2.5 times"):
+    for figure in ("3.44 to 3.59 times", "3.1 times less memory", "2.5 times"):
         assert figure in " ".join(README.split())
         assert figure.split()[0] in text
 
